@@ -24,27 +24,34 @@ from cllm.posthoc.registry import parse  # noqa: E402
 
 RESULTS = Path("docs/results")
 SMOLLM2 = {"kv": {"preset": "gqa"}, "query_heads_per_kv_head": 3, "parameters": 134515008, "tokens": 2e12,
-           "context": 4096}  # fmt: skip
+           "context": 4096, "base_model": "SmolLM2-135M-Instruct"}  # fmt: skip
 """SmolLM2-135M-Instruct, see docs/posthoc.md."""
-TRAINED_45M = {"parameters": 46938112, "tokens": 490e6, "context": 4096}
+SMOLLM2_VALID = {**SMOLLM2, "text": "valid.jsonl of the study's corpus"}
+"""On one H200, see docs/posthoc.md."""
+THREE_WINDOWS = {**SMOLLM2, "text": "three windows of novels"}
+"""Two sweeps on the same three windows, with the same perplexity of the exact cache."""
+NOVELS = {**SMOLLM2, "text": "novel {novel} of the validation text"}
+TRAINED_45M = {"parameters": 46938112, "tokens": 490e6, "context": 4096, "text": "validation 592c6512044d"}
+"""Runs of the study on its validation text; `evaluate` refuses data with another digest than the run recorded."""
+TRADEOFF_45M = {"parameters": 46938112, "tokens": 128e6, "context": 4096, "text": "books and technical prose"}
 STUDIES = ("2026-11-28-study-equal-bytes-h200", "2026-11-27-study-100m-h200", "2026-11-27-study-490m-h200")
 SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
     ("2026-11-28-methods-45m-again-h200.json", TRAINED_45M, ""),
     ("2026-11-28-methods-45m-h200.json", TRAINED_45M, ""),
-    ("2026-11-28-methods-calibrated-smollm2-h200.json", SMOLLM2, ""),
-    ("2026-11-28-methods-smollm2-h200.json", SMOLLM2, ""),
-    ("2026-11-28-calibration-texts-smollm2-cpu.csv", {**SMOLLM2, "context": 1024}, ""),
-    ("2026-11-27-methods-smollm2-h200.json", SMOLLM2, ""),
-    ("2026-11-27-suites-smollm2-h200.json", SMOLLM2, ""),
-    ("2026-11-27-wikitext-smollm2-cpu.json", {**SMOLLM2, "context": 1024}, ""),
-    *(
-        (f"2026-11-27-{name}-smollm2-cpu.csv", SMOLLM2, "")
-        for name in ("weighted-errors", "quantisers", "low-rank", "eviction")
-    ),
-    ("2026-11-28-low-rank-after-eviction-smollm2-cpu.csv", SMOLLM2, ""),
+    ("2026-11-28-methods-calibrated-smollm2-h200.json", SMOLLM2_VALID, ""),
+    ("2026-11-28-methods-smollm2-h200.json", SMOLLM2_VALID, ""),
+    ("2026-11-28-calibration-texts-smollm2-cpu.csv", {**NOVELS, "context": 1024}, ""),
+    ("2026-11-27-methods-smollm2-h200.json", SMOLLM2_VALID, ""),
+    ("2026-11-27-suites-smollm2-h200.json", SMOLLM2_VALID, ""),
+    ("2026-11-27-wikitext-smollm2-cpu.json", {**SMOLLM2, "context": 1024, "text": "wikitext2-test"}, ""),
+    ("2026-11-27-weighted-errors-smollm2-cpu.csv", SMOLLM2, ""),
+    ("2026-11-27-quantisers-smollm2-cpu.csv", THREE_WINDOWS, ""),
+    ("2026-11-27-low-rank-smollm2-cpu.csv", SMOLLM2, ""),
+    ("2026-11-27-eviction-smollm2-cpu.csv", THREE_WINDOWS, ""),
+    ("2026-11-28-low-rank-after-eviction-smollm2-cpu.csv", NOVELS, ""),
     ("2026-11-28-head-bits-smollm2-cpu.csv", SMOLLM2, ""),
     ("2026-11-26-sinks-smollm2-cpu.csv", SMOLLM2, ""),
-    ("2026-11-26-tradeoff-45m-h200.csv", {"parameters": 46938112, "tokens": 128e6, "context": 4096}, "sinks=0"),
+    ("2026-11-26-tradeoff-45m-h200.csv", TRADEOFF_45M, "sinks=0"),
 )
 """Sweeps and records, what their files do not say about the models, and an option that all specs had when they were
 measured. The newest and largest come first: of equal models and windows the first measurement is the estimate."""

@@ -77,6 +77,10 @@ def make_parser(program: str) -> ConfigParser:
     add("--tokens", type=_count, metavar="N", help="compare losses of models after about N training tokens, such as "
         "490M (default: those after which most were measured, own ones first)")  # fmt: skip
     add("--window", type=_count, metavar="N", help="compare losses of windows of N tokens (default: likewise)")
+    add("--text", metavar="NAME", help="compare losses on this text, as notes under the table name it (default: "
+        "likewise)")  # fmt: skip
+    add("--base-model", metavar="NAME", help="compare losses of this model, whose training tokens are not known "
+        "(default: likewise)")  # fmt: skip
     add("--no-shipped", action="store_true", help="leave the shipped losses out; decode factors are still used")
     add("--view", choices=VIEWS, default="table", help="heads: cache by KV heads and sharing (default: %(default)s)")
     add(
@@ -174,7 +178,9 @@ def _measurements(options: Namespace, keys: Collection[str | None]) -> Measureme
         shipped = Table(decode=shipped.decode)
     own = [read_losses(path) for path in options.losses]
     losses = [[m for table in tables for m in table.losses if m.key in keys] for tables in (own, [shipped])]
-    conditions = choose_conditions(losses, tokens=options.tokens, context=options.window)
+    conditions = choose_conditions(
+        losses, tokens=options.tokens, context=options.window, text=options.text, base_model=options.base_model
+    )
     return Measurements([*own, shipped], conditions)
 
 
@@ -189,8 +195,10 @@ def _specs(options: Namespace, measured: Measurements) -> set[str] | None:
         matching = {spec for spec in measured.specs() if fnmatch.fnmatchcase(spec, pattern)}
         if not matching:
             names = sorted({spec.partition(":")[0] for spec in measured.specs()})
-            raise UserError(f'--compression "{pattern}": no spec that was measured on {measured.conditions.text} '
-                            f"matches; measured: {', '.join(names)} (patterns such as 'xkv*'), or none")  # fmt: skip
+            raise UserError(
+                f'--compression "{pattern}": no spec that was measured on {measured.conditions.description} matches; '
+                f"measured: {', '.join(names)} (patterns such as 'xkv*'), or none"
+            )
         found |= matching
     return found
 

@@ -119,7 +119,9 @@ def _measured(
     wanted |= {"precision": subject.precision, "sinks": method.sinks, **posthoc.fingerprints(subject, text)}
     wanted |= posthoc.calibration_fingerprint(calibration)
     complete = "bf16_bytes_per_token" in record and method.needed_facts <= record.get("facts", {}).keys()
-    return record if complete and all(record.get(key) == value for key, value in wanted.items()) else None
+    if not complete or any(record.get(key) != value for key, value in wanted.items()):
+        return None
+    return record | {"text": text.label}  # earlier records do not say it
 
 
 class Scoring:

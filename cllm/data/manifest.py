@@ -34,6 +34,11 @@ INDEX_DTYPE = np.dtype("<i8")
 INDEX_ROW = 2 * INDEX_DTYPE.itemsize
 
 
+def text_label(name: str, digest: str) -> str:
+    """The name of a text by a split or a file, and its digest: `validation 592c6512044d`."""
+    return f"{name} {digest[:12]}"
+
+
 def partial_folder(folder: Path) -> Path:
     """The folder in which a prepared folder is built, before it is renamed."""
     return folder.with_name(folder.name + ".partial")

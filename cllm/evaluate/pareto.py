@@ -85,7 +85,7 @@ def points(records: Sequence[dict[str, Any]], *, baseline: str | None = None) ->
                 other <= n_bytes and worse <= perplexity and (other, worse) != (n_bytes, perplexity)
                 for _, _, other, worse in raw
             ),
-            **{key: record.get(key) for key in ("window", "trained_tokens", "parameters")},
+            **{key: record.get(key) for key in ("window", "trained_tokens", "parameters", "text")},
         )
         for record, spec, n_bytes, perplexity in raw
     ]

@@ -36,10 +36,12 @@ class Point:
     front: bool
     """Whether no other point has at most its bytes, is at least as good, and is better in one of the two."""
     window: int | None = None
-    """Tokens of the windows that were scored; None: not recorded, as of the next two."""
+    """Tokens of the windows that were scored; None: not recorded, as of the next three."""
     trained_tokens: int | None = None
     """Tokens that the run was trained on."""
     parameters: int | None = None
+    text: str | None = None
+    """The text that was scored, with its digest."""
     score: float | None = None
     """The number of a suite by which the points are compared in place of perplexity; None: not measured."""
 

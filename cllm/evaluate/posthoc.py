@@ -182,6 +182,7 @@ def measure(
         "checkpoint": subject.checkpoint, "step": subject.step, "trained_tokens": subject.trained_tokens,
         "parameters": sum(p.numel() for p in subject.model.parameters()), **fingerprints(subject, text),
         "design": subject.design, "set": text.name, "data": str(text.path), "split": text.split,
+        "text": text.label,
         "window": window, "prefix": prefix, "batch": batch, "max_tokens": settings.max_tokens,
         "windows": reference.sequences, "generate": generate, "precision": subject.precision,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",

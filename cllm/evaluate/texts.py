@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from cllm.data.manifest import MANIFEST
+from cllm.data.manifest import MANIFEST, text_label
 from cllm.data.prepare.formats import TEXT, Text, kind_of, read_file
 from cllm.data.store import TokenStore
 from cllm.data.vocabulary import check_ids
@@ -85,8 +86,15 @@ class TextSet:
     n_documents: int
     n_bytes: int
     """UTF-8 bytes of the text, after invalid bytes were replaced; EOS tokens count 0."""
+    digest: str
+    """Hex SHA-256 of the tokens as int64; of a prepared folder, its `Manifest.digest()`."""
     replaced: int = 0
     """Invalid byte sequences that became U+FFFD."""
+
+    @property
+    def label(self) -> str:
+        """A name that is equal for equal texts of equal names: `validation 592c6512044d`."""
+        return text_label(self.split or self.path.name, self.digest)
 
 
 def open_prepared(name: str, path: Path, split: str, subject: Subject, digest: str | None = None) -> TextSet:
@@ -109,7 +117,15 @@ def open_prepared(name: str, path: Path, split: str, subject: Subject, digest: s
     totals = store.manifest.split(split)
     if totals.tokens == 0:
         raise UserError(f"{path}: its {split} split holds no tokens")
-    return TextSet(name=name, path=path, split=split, source=store, n_documents=totals.documents, n_bytes=totals.bytes)
+    return TextSet(
+        name=name,
+        path=path,
+        split=split,
+        source=store,
+        n_documents=totals.documents,
+        n_bytes=totals.bytes,
+        digest=store.manifest.digest(),
+    )
 
 
 def _check_start(subject: Subject) -> None:
@@ -171,7 +187,8 @@ def hold_texts(name: str, texts: Sequence[str], subject: Subject) -> TextSet:
 
 def _text_set(name: str, path: Path, texts: list[str], subject: Subject, replaced: int = 0) -> TextSet:
     source = TextTokens(texts, subject.tokenizer)
-    check_ids(source.read(0, len(source)), subject.vocab_size, str(path), f"the embedding of {subject.name}")
+    tokens = source.read(0, len(source))
+    check_ids(tokens, subject.vocab_size, str(path), f"the embedding of {subject.name}")
     return TextSet(
         name=name,
         path=path,
@@ -179,6 +196,7 @@ def _text_set(name: str, path: Path, texts: list[str], subject: Subject, replace
         source=source,
         n_documents=len(texts),
         n_bytes=sum(len(text.encode()) for text in texts),
+        digest=hashlib.sha256(tokens.tobytes()).hexdigest(),
         replaced=replaced,
     )
 

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from cllm.cache.accounting import kv_bytes, mha_twin
 from cllm.config import ModelConfig
+from cllm.data.manifest import text_label
 from cllm.errors import UserError
 from cllm.plan.presets import preset_names
 from cllm.planner.keys import (
@@ -126,7 +127,7 @@ class _Point:
 
 
 def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[LossChange]:
-    """Changes of the loss against mha of the same tokens, data, shape and seed; a mean and spread over seeds.
+    """Changes of the loss against mha of the same tokens, data, text, shape and seed; a mean and spread over seeds.
 
     Runs of a search for learning rates are left out: they are shorter than those that the study compares. Several
     learning rates of one design, tokens and seed count as one point, that with the least loss.
@@ -139,13 +140,23 @@ def study_changes(records: Iterable[Mapping[str, Any]], source: str) -> list[Los
         if record.get("search") or not math.isfinite(record["loss"]) or (key := config_key(config)) is None:
             continue
         about = {**_design_of(config), "parameters": record["summary"]["parameters"], "tokens": record["tokens"],
-                 "context": config.max_seq_len, "source": source}  # fmt: skip
-        group = (record["tokens"], record["data"], config.d_model, config.n_layers, config.n_heads, config.max_seq_len)
+                 "context": config.max_seq_len, "text": (text := _text_of_point(record)), "source": source}  # fmt: skip
+        shape = config.d_model, config.n_layers, config.n_heads, config.max_seq_len
+        group = (record["tokens"], record["data"], text, *shape)
         groups.setdefault(group, []).append(_Point(key, record["seed"], record["loss"], about))
     found = [change for points in groups.values() for change in _against_mha(points)]
     if not found:
         raise UserError(f"--losses {source}: has no result of another design beside mha at the same tokens and seed")
     return found
+
+
+def _text_of_point(record: Mapping[str, Any]) -> str | None:
+    """The text of a result's loss. Results from before 2026-11-29 have the digest of the training folder only, which
+    holds that text if the run had no validation sets of its own."""
+    if record.get("text") or not record["data"]:
+        return record.get("text")
+    sets = record["config"].get("data", {}).get("validation")
+    return None if sets else text_label("validation", record["data"])
 
 
 def _against_mha(points: Iterable[_Point]) -> Iterator[LossChange]:
@@ -173,22 +184,28 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
     Args:
         path: a CSV, with columns `spec` (or `method`), `perplexity`, and `ratio_to_own` (or `bf16_ratio`); or a JSON
             file whose `rows` are records of `evaluate --posthoc`, in which others, as of suites, are passed over.
-        about: fields of `LossChange` for all rows, such as `parameters`; `kv` in place of the column `design`.
+        about: fields of `LossChange` for all rows, such as `parameters`; `kv` in place of the column `design`. `text`
+            may have columns in braces, such as `novel {novel}`.
         suffix: an option that every spec had, such as `sinks=0`, where the column does not say so.
     """
     rows = _rows(path)
-    exact = {row["run"]: row.get("perplexity") or "" for row in rows if row.get("run") and row.get("spec") == TRAINED}
+    exact = {
+        _uncompressed(row): row["perplexity"] for row in rows if row.get("spec") == TRAINED and row.get("perplexity")
+    }
     found = []
     for row in rows:
         spec = row.get("spec") or row.get("method") or ""
         if spec in (TRAINED, UNCOMPRESSED):
             continue
         try:
-            base = float(row.get("uncompressed_perplexity") or exact[row["run"]])
+            base = float(row.get("uncompressed_perplexity") or exact[_uncompressed(row)])
             ratio = float(row.get("bf16_ratio") or row["ratio_to_own"])
             change = math.log(float(row["perplexity"]) / base)
             design = {} if about and "kv" in about else _design(row["design"], float(row["ratio_to_mha"]) / ratio, path)
-            known = {field: int(row[column]) for column, field in _CONDITIONS.items() if row.get(column)}
+            known: dict[str, Any] = {
+                field: int(row[column]) for column, field in _CONDITIONS.items() if row.get(column)
+            }
+            known |= _texts_and_models(row, about or {})
             entry = {
                 **design,
                 **(about or {}),
@@ -207,6 +224,30 @@ def sweep_changes(path: Path, about: Mapping[str, Any] | None = None, *, suffix:
             raise UserError(f'--losses {path}: "{spec}": perplexity and ratio must be positive numbers') from None
     if not found:
         raise UserError(f"--losses {path}: has no compressed run")
+    return found
+
+
+def _uncompressed(row: Mapping[str, str]) -> str:
+    """A name for the run of a row on its text, by which its uncompressed loss is found."""
+    return f"{row['run']} on {row['text']}" if row.get("text") else row["run"]
+
+
+def _texts_and_models(row: Mapping[str, str], about: Mapping[str, Any]) -> dict[str, str]:
+    """`text` and `base_model` of a row, as far as they are known.
+
+    A row says the text since 2026-11-29. Earlier records have its set and a hash of its files' sizes and times, which
+    differs between copies. A model without training tokens is known by its name.
+    """
+    found = dict[str, str]()
+    if row.get("text"):
+        found["text"] = row["text"]
+    elif "text" in about:
+        found["text"] = about["text"].format_map(row)
+    elif row.get("set") and row.get("data_files"):
+        found["text"] = f"{row['set']}, files {row['data_files']}"
+    trained = row.get("trained_tokens") or "tokens" in about or "base_model" in about
+    if not trained and row.get("run") and ("trained_tokens" in row or row.get("kind") == "huggingface"):
+        found["base_model"] = row["run"]
     return found
 
 
@@ -237,6 +278,7 @@ def _records(path: Path) -> list[dict[str, str]]:
         except (TypeError, ValueError, ZeroDivisionError):
             raise UserError(f"--losses {path}: bytes of a record must be positive numbers") from None
         known = {key: str(value) for key, value in row.items() if value is not None}
+        known |= {"trained_tokens": ""} if "trained_tokens" in row and row["trained_tokens"] is None else {}
         found.append({**known, **{key: repr(ratio) for key, ratio in ratios.items()}})
     return found
 

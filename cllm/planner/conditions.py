@@ -1,10 +1,15 @@
 """The conditions under which losses of one table were measured, because only losses under the same can be compared.
 
 What a design or a compression costs depends on how long the model was trained: after 100 M tokens fusedkv_lite is 0.24
-nats better than mha, after 490 M tokens 0.10. It depends on the windows that are scored and on the model's size too. So
-a table compares losses at one number of training tokens, one length of windows and about one size.
+nats better than mha, after 490 M tokens 0.10. It depends on the text and the windows that are scored and on the model's
+size too. So a table compares losses at one number of training tokens, on one text, with one length of windows and of
+about one size.
 
-A measurement that does not say one of the three is compared with all, and named.
+Models of others do not say their training tokens. Losses of such a base model are compared with those of the same base
+model only: one of the same name and of as many parameters.
+
+A loss that says neither training tokens nor a base model, or no text, is compared with others of its source only. One
+that does not say its windows or its size is compared with all, and named.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from cllm.counts import count_text, rounded_count
 from cllm.errors import UserError
@@ -24,6 +30,9 @@ _EQUAL_TOKENS = 0.05
 """Training tokens that differ by at most this share are equal."""
 _EQUAL_SIZES = 1.5
 """Models whose parameters differ by at most this factor are of one size; designs without K/V projections have fewer."""
+
+Condition = Literal["base_model", "tokens", "text", "context", "parameters"]
+"""A condition that losses of a table share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,24 +44,47 @@ class Conditions:
     context: int | None = None
     """Tokens of the windows that were scored."""
     parameters: float | None = None
+    text: str | None = None
+    """The text that was scored, as `LossChange.text_name`."""
+    base_model: str | None = None
+    """As `LossChange.model_name`; empty: models that their training tokens describe."""
+
+    def first_other(self, m: LossChange) -> Condition | None:
+        """The first condition that differs from that of `m`; None if all are equal, as far as `m` says them."""
+        if self.base_model is not None and self.base_model != m.model_name:
+            return "base_model"
+        if self.tokens is not None and not self._has_equal_tokens(m):
+            return "tokens"
+        if self.text is not None and self.text != m.text_name:
+            return "text"
+        if None not in (self.context, m.context) and self.context != m.context:
+            return "context"
+        if self.parameters is not None and m.parameters is not None and not self._has_equal_size(m.parameters):
+            return "parameters"
+        return None
 
     def include(self, m: LossChange) -> bool:
         """Whether `m` was measured under these, as far as it says."""
-        pairs = (self.tokens, m.tokens), (self.context, m.context), (self.parameters, m.parameters)
-        tokens, context, parameters = (one is None or other is None for one, other in pairs)
-        return (
-            (tokens or _same_tokens(self.tokens or 0, m.tokens or 0))
-            and (context or self.context == m.context)
-            and (parameters or _same_size(self.parameters or 0, m.parameters or 0))
-        )
+        return self.first_other(m) is None
+
+    def _has_equal_tokens(self, m: LossChange) -> bool:
+        if self.base_model:  # the same model, so it had the same training
+            return True
+        return m.tokens is not None and self.tokens is not None and _same_tokens(self.tokens, m.tokens)
+
+    def _has_equal_size(self, parameters: float) -> bool:
+        assert self.parameters is not None
+        return self.parameters == parameters if self.base_model else _same_size(self.parameters, parameters)
 
     @property
-    def text(self) -> str:
-        """`models of 47 M parameters after 490 M training tokens, windows of 4,096 tokens`."""
+    def description(self) -> str:
+        """`models of 47 M parameters after 490 M training tokens, windows of 4,096 tokens, text validation 592c65`."""
         size = f"of {rounded_count(self.parameters)} parameters " if self.parameters else "of unknown size "
         age = f"{rounded_count(self.tokens)} training tokens" if self.tokens else "an unknown number of training tokens"
         windows = f"windows of {self.context:,} tokens" if self.context else "windows of unknown length"
-        return f"models {size}after {age}, {windows}"
+        named = f"{self.base_model} " if self.base_model else "models "
+        text = f", {'' if self.text.startswith('text ') else 'text '}{self.text}" if self.text else ""
+        return f"{named}{size}after {age}, {windows}{text}"
 
 
 def _same_tokens(one: float, other: float) -> bool:
@@ -64,49 +96,79 @@ def _same_size(one: float, other: float) -> bool:
 
 
 def choose_conditions(
-    tables: Sequence[Sequence[LossChange]], *, tokens: float | None = None, context: int | None = None
+    tables: Sequence[Sequence[LossChange]],
+    *,
+    tokens: float | None = None,
+    context: int | None = None,
+    text: str | None = None,
+    base_model: str | None = None,
 ) -> Conditions:
     """The conditions that most measurements have; of equally many, the largest.
 
-    The training tokens are chosen first, then the windows of those measurements, then the size. Each is that of the
-    first table that says it.
+    Given ones are taken first. Then come the base model, the training tokens, the text, the windows and the size, each
+    of the measurements that have those before it. Each is that of the first table that says it.
 
     Args:
         tables: measurements of the designs in question; the preferred ones first.
         tokens: the training tokens to take; None: as above.
         context: the windows to take; None: as above.
+        text: the text to take, as `LossChange.text_name`; None: as above.
+        base_model: the base model to take, as `LossChange.model_name`; None: as above.
 
     Raises:
-        UserError: if there are no measurements with `tokens` or, among them, with `context`.
+        UserError: if there are no measurements with the given conditions.
     """
     chosen, everything = Conditions(), [m for table in tables for m in table]
-    if tokens is not None and not any(m.tokens is not None and _same_tokens(m.tokens, tokens) for m in everything):
-        raise _not_measured("--tokens", tokens, (m.tokens for m in everything), count_text)
-    chosen = Conditions(tokens=_common(tables, chosen, lambda m: m.tokens, _same_tokens) if tokens is None else tokens)
-    of_age = [m.context for m in everything if chosen.include(m)]
-    if context is not None and context not in of_age:
-        raise _not_measured("--window", context, of_age, "{:,.0f}".format)
-    if context is None:
-        common = _common(tables, chosen, lambda m: m.context, operator.eq)
-        context = None if common is None else int(common)
-    chosen = dataclasses.replace(chosen, context=context)
-    return dataclasses.replace(chosen, parameters=_common(tables, chosen, lambda m: m.parameters, _same_size))
+    if base_model is not None:
+        known = [m.model_name for m in everything]
+        if base_model not in known:
+            raise _not_measured("--base-model", base_model, filter(None, known), _quoted)
+        chosen = dataclasses.replace(chosen, base_model=base_model)
+    if tokens is not None:
+        ages = [m.tokens for m in everything if chosen.include(m)]
+        if not any(age is not None and _same_tokens(age, tokens) for age in ages):
+            raise _not_measured("--tokens", tokens, ages, count_text)
+        chosen = dataclasses.replace(chosen, tokens=tokens)
+    if text is not None:
+        texts = [m.text_name for m in everything if chosen.include(m)]
+        if text not in texts:
+            raise _not_measured("--text", text, texts, _quoted)
+        chosen = dataclasses.replace(chosen, text=text)
+    chosen = _with_common(chosen, "base_model", tables, lambda m: m.model_name, operator.eq)
+    chosen = _with_common(chosen, "tokens", tables, lambda m: m.tokens, _same_tokens)
+    chosen = _with_common(chosen, "text", tables, lambda m: m.text_name, operator.eq)
+    if context is not None:
+        windows = [m.context for m in everything if chosen.include(m)]
+        if context not in windows:
+            raise _not_measured("--window", context, windows, "{:,.0f}".format)
+        chosen = dataclasses.replace(chosen, context=context)
+    chosen = _with_common(chosen, "context", tables, lambda m: m.context, operator.eq)
+    alike = operator.eq if chosen.base_model else _same_size
+    return _with_common(chosen, "parameters", tables, lambda m: m.parameters, alike)
 
 
-def _common(
-    tables: Sequence[Sequence[LossChange]],
+def _with_common(
     chosen: Conditions,
-    value: Callable[[LossChange], float | None],
-    same: Callable[[float, float], bool],
-) -> float | None:
-    """The value that most measurements under `chosen` have, in the first table that has any."""
+    name: Condition,
+    tables: Sequence[Sequence[LossChange]],
+    value: Callable[[LossChange], Any],
+    same: Callable[[Any, Any], bool],
+) -> Conditions:
+    """`chosen` with the value that most measurements under it have, in the first table that has any."""
+    if getattr(chosen, name) is not None:
+        return chosen
     for table in tables:
         if known := [v for m in table if chosen.include(m) and (v := value(m)) is not None]:
-            return max(dict.fromkeys(known), key=lambda one: (sum(same(one, other) for other in known), one))
-    return None
+            most = max(dict.fromkeys(known), key=lambda one: (sum(same(one, other) for other in known), one))
+            return dataclasses.replace(chosen, **{name: most})
+    return chosen
 
 
-def _not_measured(option: str, value: float, known: Iterable[float | None], text: Callable[[float], str]) -> UserError:
-    counts = collections.Counter(count for count in known if count is not None)
-    allowed = ", ".join(f"{text(count)} ({n})" for count, n in sorted(counts.items()))
+def _not_measured(option: str, value: Any, known: Iterable[Any], text: Callable[[Any], str]) -> UserError:
+    counts = collections.Counter(one for one in known if one is not None)
+    allowed = ", ".join(f"{text(one)} ({n})" for one, n in sorted(counts.items()))
     return UserError(f"{option} is {text(value)}; losses of these designs: {allowed or 'none'}")
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'

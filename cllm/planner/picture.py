@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _LINEAR = 0.01
 """Nats up to which the axis of losses is linear."""
 _GREY = "0.88"
+_WIDTH = 90
+"""Most characters of a line of the title."""
 
 
 def front_figure(found: Sequence[Candidate], request: Request, conditions: Conditions) -> Figure:
@@ -28,7 +31,7 @@ def front_figure(found: Sequence[Candidate], request: Request, conditions: Condi
     """
     if not found:
         raise UserError("--picture: there is no candidate to draw")
-    figure, axes = new_figure(10.5, 6.5, f"Change of the loss against cache, measured on\n{conditions.text}")
+    figure, axes = new_figure(10.5, 6.5, f"Change of the loss against cache, measured on\n{_wrapped(conditions)}")
     axes.set_xscale("log")
     axes.set_xlabel(f"GB of cache, {request.text}")
     axes.set_ylabel(
@@ -55,6 +58,10 @@ def front_figure(found: Sequence[Candidate], request: Request, conditions: Condi
     others = [(x, y) for x, y, c in shown if not c.front]
     place_labels(axes, [(x, y) for x, y, _ in named], [c.name for *_, c in named], avoid=others, line=line, size=7)
     return figure
+
+
+def _wrapped(conditions: Conditions) -> str:
+    return textwrap.fill(conditions.description, _WIDTH)
 
 
 def _scatter(axes: Axes, shown: Sequence[tuple[float, float, Candidate]], designs: Sequence[str]) -> None:
@@ -98,6 +105,6 @@ def heads_figure(found: Sequence[Candidate], request: Request, conditions: Condi
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel(f"KV heads; {request.text}\n"
                     "second line: change of the loss, nats; *: on the front; x: does not fit\n"
-                    f"losses of {conditions.text}")  # fmt: skip
+                    f"losses of {_wrapped(conditions)}")  # fmt: skip
     figure.colorbar(image, ax=axes, label="GB")
     return figure

@@ -14,7 +14,7 @@ from cllm.counts import count_text, rounded_count
 from cllm.planner.candidates import Candidate, Request
 from cllm.planner.conditions import Conditions
 from cllm.planner.measured import Measurements
-from cllm.planner.table import LossChange
+from cllm.planner.table import NO_SOURCE, LossChange
 from cllm.posthoc import UNCOMPRESSED
 from cllm.posthoc.registry import methods
 from cllm.tables import Column
@@ -125,7 +125,10 @@ def text(found: Sequence[Candidate], shown: Sequence[Candidate], model: ModelCon
 
 
 def _head(found: Sequence[Candidate], request: Request, measured: Measurements) -> str:
-    gpu, losses = request.gpu, measured.conditions.text if _used(found) else "none were measured on these designs"
+    gpu, losses = (
+        request.gpu,
+        measured.conditions.description if _used(found) else "none were measured on these designs",
+    )
     return (
         f"GPU          {gpu.name}: {gpu.memory / GB:,.4g} GB, {gpu.bandwidth / 1e12:.4g} TB/s ({gpu.source})\n"
         f"use          {request.text}, weights and caches in 16 bits\n"
@@ -230,7 +233,7 @@ def _extrapolations(found: Sequence[Candidate], model: ModelConfig, request: Req
     used = _used(found)
     lines = []
     if used:
-        sources = sorted({change.source or "a table without sources" for change in used})
+        sources = sorted({change.source or NO_SOURCE for change in used})
         wanted = _span(c.parameters for c in found)
         beyond = [] if _span(m.parameters for m in used) == wanted else [f"{wanted} parameters"]
         beyond += ["any number of training tokens"]
@@ -250,29 +253,36 @@ def _extrapolations(found: Sequence[Candidate], model: ModelConfig, request: Req
 def _conditions_notes(found: Iterable[Candidate], measured: Measurements) -> list[str]:
     """Measurements that are left out because of their conditions, and those that do not say theirs."""
     lines, chosen = [], measured.conditions
-    others = measured.others({c.key for c in found})
-    by_age = collections.Counter(m.tokens for m in others if not Conditions(tokens=chosen.tokens).include(m))
-    of_age = [m for m in others if Conditions(tokens=chosen.tokens).include(m)]
-    by_window = collections.Counter(m.context for m in of_age if m.context != chosen.context)
-    by_size = sum(m.context == chosen.context for m in of_age)
-    parts = [f"{n} after {rounded_count(t)} training tokens (--tokens {count_text(t)})" for t, n in _sorted(by_age)]
-    parts += [f"{n} with windows of {w:,.0f} tokens (--window {w:.0f})" for w, n in _sorted(by_window)]
-    parts += [f"{by_size} of models of another size"] if by_size else []
-    if parts:
-        lines.append(f"not compared with these: {sum(map(int, (p.split()[0] for p in parts)))} losses of the same "
-                     f"designs, {', '.join(parts)}.")  # fmt: skip
-    for what, silent in (
-        ("after how many training tokens", lambda m: m.tokens is None and chosen.tokens is not None),
-        ("with which windows", lambda m: m.context is None and chosen.context is not None),
+    reasons = collections.Counter(_reason(chosen, m) for m in measured.others({c.key for c in found}))
+    if reasons:
+        parts = [f"{n} {reason}" for (*_, reason), n in sorted(reasons.items())]
+        lines.append(f"not compared with these: {reasons.total()} losses of the same designs, {', '.join(parts)}.")
+    used = list(_used(found))
+    for what, silent, compared in (
+        ("after how many training tokens", lambda m: not m.base_model and m.tokens is None, _ALONE),
+        ("on which text", lambda m: m.text is None, _ALONE),
+        ("with which windows", lambda m: m.context is None and chosen.context is not None, "are compared as if alike"),
     ):
-        sources = dict.fromkeys(m.source or "a table without sources" for m in _used(found) if silent(m))
-        lines += [f"{source} does not say {what} its losses were measured; they are compared as if alike."
-                  for source in sources]  # fmt: skip
+        sources = dict.fromkeys(m.source or NO_SOURCE for m in used if silent(m))
+        lines += [f"{source} does not say {what} its losses were measured; they {compared}." for source in sources]
     return lines
 
 
-def _sorted(counts: collections.Counter[Any]) -> list[tuple[float, int]]:
-    return sorted((value, n) for value, n in counts.items() if value is not None)
+_ALONE = "are compared with one another only"
+
+
+def _reason(chosen: Conditions, m: LossChange) -> tuple[int, float, str]:
+    """Why a loss is not compared with those under `chosen`, after two numbers to sort by."""
+    other = chosen.first_other(m)
+    if other == "base_model" and (m.model_name or m.tokens is None):
+        return 0, 0, f'of {m.model_name} (--base-model "{m.model_name}")'
+    if m.tokens is not None and other in ("base_model", "tokens"):
+        return 1, m.tokens, f"after {rounded_count(m.tokens)} training tokens (--tokens {count_text(m.tokens)})"
+    if other == "text":
+        return 2, 0, f'on another text (--text "{m.text_name}")'
+    if other == "context" and m.context is not None:
+        return 3, m.context, f"with windows of {m.context:,.0f} tokens (--window {m.context})"
+    return 4, 0, "of models of another size"
 
 
 def _unmeasured_methods(found: Iterable[Candidate], measured: Measurements) -> list[str]:

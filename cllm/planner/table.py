@@ -5,6 +5,7 @@ A table is a JSON file:
     {"format": 1,
      "losses": [{"kv": {"preset": "cla"}, "query_heads_per_kv_head": 1, "spec": null, "loss_change": -0.03,
                  "standard_error": null, "ratio": null, "parameters": 47000000, "tokens": 490000000, "context": 4096,
+                 "text": "validation 592c6512044d", "base_model": null,
                  "n_layers": 12, "n_heads": 8, "head_dim": 64, "source": "study.json"}],
      "decode": [{"kv": {"preset": "mha"}, "query_heads_per_kv_head": 1, "gpu": "NVIDIA H200", "bytes_read": 28e9,
                  "step_s": 0.0074, "parameters": 1.3e9, "source": "decode.json"}]}
@@ -26,6 +27,7 @@ from cllm.trust import parse_json
 
 SHIPPED = Path(__file__).with_name("measured.json")
 FORMAT = 1
+NO_SOURCE = "a table without sources"
 
 
 class _Measured(Section):
@@ -61,6 +63,21 @@ class LossChange(_Measured):
     """Training tokens."""
     context: int | None = Field(None, ge=1, le=2**50)
     """Tokens of the windows that were scored."""
+    text: str | None = Field(None, min_length=1)
+    """The text that was scored; None: not known."""
+    base_model: str | None = Field(None, min_length=1)
+    """The model that was compressed, such as one of Hugging Face; None: one that its training tokens describe."""
+
+    @property
+    def text_name(self) -> str:
+        """`text`; of a loss that does not say it, a name for the text of its source."""
+        return self.text or f"text of {self.source or NO_SOURCE}"
+
+    @property
+    def model_name(self) -> str:
+        """`base_model`, empty for a model that its training tokens describe; of a loss that says neither, a name for
+        the models of its source."""
+        return self.base_model or ("" if self.tokens is not None else f"models of {self.source or NO_SOURCE}")
 
 
 class DecodeStep(_Measured):

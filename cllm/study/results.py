@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
+from cllm.data.manifest import text_label
 from cllm.errors import UserError
 from cllm.files import write_atomic
-from cllm.runs import RunFolder
+from cllm.runs import DataDigests, RunFolder
 from cllm.runs.speed import median_speed
 from cllm.study.matching import CacheMatch
 from cllm.study.points import Point, Variant
@@ -146,6 +147,7 @@ def result_of(
     probed = sorted({tag for row in rows for tag in row if tag.startswith(SUITE) and not tag.endswith("/seconds")})
     environment = {name: text for name, text in run.environment().items() if name != "command"}
     shortened = _without_folders(config)
+    digests = run.data_digests()
     speed = median_speed(row.get("throughput/tokens_per_s") for row in rows)
     return {
         "format": FORMAT,
@@ -159,7 +161,8 @@ def result_of(
         "code": point.code,
         "commit": environment.pop("commit", None) or os.environ.get(COMMIT),
         "config_sha256": config_hash(config),
-        "data": getattr(run.data_digests(), "train", None),
+        "data": None if digests is None else digests.train,
+        "text": None if digests is None else _scored(digests),
         "loss": None if diverged else validated[-1]["val/loss"],
         "trained_tokens": rows[-1]["tokens"] if rows else 0,
         "tokens_per_s": None if speed is None else round(speed, 1),
@@ -178,6 +181,11 @@ def result_of(
         "environment": environment,
         "config": shortened,
     }
+
+
+def _scored(digests: DataDigests) -> str | None:
+    """The label of the main validation set, whose loss is the result's."""
+    return next((text_label("validation", digest) for digest in digests.validation.values()), None)
 
 
 def write_result(file: Path, content: dict[str, Any]) -> None:

@@ -277,6 +277,15 @@ def test_hugging_face_folders(evaluate, tmp_path, prepared, texts, monkeypatch):
     assert none["own_bytes_per_token"] == 4 * 2 * 2 * 4 * 4
     assert none["ratio_to_mha"] == 2
     assert shared["ratio_to_own"] == pytest.approx(4 / 3)
+    assert none["text"] == xkv["text"]
+    for name, content, equal in (("a", text.read_text(), True), ("b", text.read_text() + " more", False)):
+        (tmp_path / name).mkdir()
+        copy = tmp_path / name / text.name
+        copy.write_text(content)
+        assert evaluate("--run", folder, "--data", copy, "--device", "cpu", "--window", 48, "--posthoc", "none") == 0
+        again = json.loads(next(path.glob("non*")).read_text())
+        assert (again["text"] == none["text"]) is equal, "the name of a text depends on its content alone"
+        assert again["text"].startswith("text.txt ")
 
 
 def test_windows_stay_inside_documents_where_documents_are_masked(evaluate, run, capsys):

@@ -103,6 +103,8 @@ def test_a_sweep_is_written_and_resumed(sweep, run, tmp_path, capsys, monkeypatc
     assert {row["trained_tokens"] for row in of_mha} == {str(20 * config.train.global_batch * 48)}
     assert {row["parameters"] for row in of_mha} == {str(count_parameters(meta_decoder(config.model)))}
     assert {row["window"] for row in rows} == {"48"}
+    of_text = {f"validation {runs[0].data_digests().train[:12]}"}
+    assert {row["text"] for row in rows} == of_text, "as results of studies name it"
     assert (folder / "posthoc.png").stat().st_size > 10_000
     events = EventAccumulator(str(folder)).Reload()
     assert events.Tags()["images"] == ["posthoc"]
@@ -130,6 +132,10 @@ def test_a_sweep_is_written_and_resumed(sweep, run, tmp_path, capsys, monkeypatc
     path.write_text(json.dumps({**json.loads(text), "facts": {}}))  # before svd=auto, which chooses the solver
     assert sweep(*words) == 1
     assert "mha, xkv:group=2,ratio=1.5: failed: measured again" in capsys.readouterr().out
+    older = {key: value for key, value in json.loads(text).items() if key != "text"}
+    path.write_text(json.dumps(older))  # before records had it
+    assert sweep(*words) == 0
+    assert {row["text"] for row in csv.DictReader((folder / "posthoc.csv").open())} == of_text
     path.write_text(text)
     (_, checkpoint), *_ = runs[0].checkpoints()
     checkpoint.write_bytes(checkpoint.read_bytes())  # saved anew: other weights may be under the same name

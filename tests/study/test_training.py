@@ -50,7 +50,14 @@ def test_the_study_of_the_cpu_gives_a_table_and_equal_runs_for_equal_points(data
         config = queue.grid.config(point, queue.layout.runs)
         run = train(config, resume="auto")
         assert is_trained(run, config)
-        write_result(queue.layout.result(point), result_of(point, run, None, 1.0))
+        result = result_of(point, run, None, 1.0)
+        digests = run.data_digests()
+        assert digests is not None
+        assert (result["data"], result["text"]) == (
+            digests.train,
+            f"validation {digests.validation['validation'][:12]}",
+        )
+        write_result(queue.layout.result(point), result)
         trained.append(point)
     assert [point.tokens for point in trained] == [256, 256, 512]
     text = report_text(summarise(study, read_results(queue.layout.results), ["fusedkv"]), [])

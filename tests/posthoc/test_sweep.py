@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cllm.data.manifest import Manifest
 from cllm.errors import EXIT_STOPPED, UserError
 from cllm.evaluate import posthoc
 from cllm.evaluate.pareto import TRAINED, expand, markdown, points
@@ -103,7 +104,7 @@ def test_a_sweep_is_written_and_resumed(sweep, run, tmp_path, capsys, monkeypatc
     assert {row["trained_tokens"] for row in of_mha} == {str(20 * config.train.global_batch * 48)}
     assert {row["parameters"] for row in of_mha} == {str(count_parameters(meta_decoder(config.model)))}
     assert {row["window"] for row in rows} == {"48"}
-    of_text = {f"validation {runs[0].data_digests().train[:12]}"}
+    of_text = {f"validation {Manifest.read(config.data.main_folder).digest()[:12]}"}
     assert {row["text"] for row in rows} == of_text, "as results of studies name it"
     assert (folder / "posthoc.png").stat().st_size > 10_000
     events = EventAccumulator(str(folder)).Reload()

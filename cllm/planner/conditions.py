@@ -105,8 +105,9 @@ def choose_conditions(
 ) -> Conditions:
     """The conditions that most measurements have; of equally many, the largest.
 
-    Given ones are taken first. Then come the base model, the training tokens, the text, the windows and the size, each
-    of the measurements that have those before it. Each is that of the first table that says it.
+    The base model is chosen first, then the training tokens, the text, the windows and the size, each of the
+    measurements that have those before it. Given ones come before; given windows come after the training tokens. Each
+    is that of the first table that says it.
 
     Args:
         tables: measurements of the designs in question; the preferred ones first.
@@ -136,12 +137,12 @@ def choose_conditions(
         chosen = dataclasses.replace(chosen, text=text)
     chosen = _with_common(chosen, "base_model", tables, lambda m: m.model_name, operator.eq)
     chosen = _with_common(chosen, "tokens", tables, lambda m: m.tokens, _same_tokens)
-    chosen = _with_common(chosen, "text", tables, lambda m: m.text_name, operator.eq)
     if context is not None:
         windows = [m.context for m in everything if chosen.include(m)]
         if context not in windows:
             raise _not_measured("--window", context, windows, "{:,.0f}".format)
         chosen = dataclasses.replace(chosen, context=context)
+    chosen = _with_common(chosen, "text", tables, lambda m: m.text_name, operator.eq)
     chosen = _with_common(chosen, "context", tables, lambda m: m.context, operator.eq)
     alike = operator.eq if chosen.base_model else _same_size
     return _with_common(chosen, "parameters", tables, lambda m: m.parameters, alike)

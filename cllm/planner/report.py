@@ -253,10 +253,15 @@ def _extrapolations(found: Sequence[Candidate], model: ModelConfig, request: Req
 def _conditions_notes(found: Iterable[Candidate], measured: Measurements) -> list[str]:
     """Measurements that are left out because of their conditions, and those that do not say theirs."""
     lines, chosen = [], measured.conditions
-    reasons = collections.Counter(_reason(chosen, m) for m in measured.others({c.key for c in found}))
-    if reasons:
+    others = measured.others({c.key for c in found})
+    texts = collections.Counter(m.text_name for m in others if chosen.first_other(m) == "text")
+    reasons = collections.Counter(_reason(chosen, m) for m in others if chosen.first_other(m) != "text")
+    if others:
         parts = [f"{n} {reason}" for (*_, reason), n in sorted(reasons.items())]
-        lines.append(f"not compared with these: {reasons.total()} losses of the same designs, {', '.join(parts)}.")
+        if texts:
+            listed = ", ".join(f'"{name}" ({n})' for name, n in sorted(texts.items()))
+            parts.append(f"{texts.total()} on other texts (--text NAME): {listed}")
+        lines.append(f"not compared with these: {len(others)} losses of the same designs, {', '.join(parts)}.")
     used = list(_used(found))
     for what, silent, compared in (
         ("after how many training tokens", lambda m: not m.base_model and m.tokens is None, _ALONE),
@@ -272,17 +277,15 @@ _ALONE = "are compared with one another only"
 
 
 def _reason(chosen: Conditions, m: LossChange) -> tuple[int, float, str]:
-    """Why a loss is not compared with those under `chosen`, after two numbers to sort by."""
+    """Why a loss on the same text is not compared with those under `chosen`, after two numbers to sort by."""
     other = chosen.first_other(m)
     if other == "base_model" and (m.model_name or m.tokens is None):
         return 0, 0, f'of {m.model_name} (--base-model "{m.model_name}")'
     if m.tokens is not None and other in ("base_model", "tokens"):
         return 1, m.tokens, f"after {rounded_count(m.tokens)} training tokens (--tokens {count_text(m.tokens)})"
-    if other == "text":
-        return 2, 0, f'on another text (--text "{m.text_name}")'
     if other == "context" and m.context is not None:
-        return 3, m.context, f"with windows of {m.context:,.0f} tokens (--window {m.context})"
-    return 4, 0, "of models of another size"
+        return 2, m.context, f"with windows of {m.context:,.0f} tokens (--window {m.context})"
+    return 3, 0, "of models of another size"
 
 
 def _unmeasured_methods(found: Iterable[Candidate], measured: Measurements) -> list[str]:

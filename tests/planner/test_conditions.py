@@ -48,7 +48,9 @@ def test_given_conditions_are_taken_or_refused_with_those_that_are_measured():
     assert choose_conditions([table], tokens=128e6).context == 1024
     with pytest.raises(UserError, match=r"--tokens is 1B; losses of these designs: 128M \(1\), 490M \(2\)"):
         choose_conditions([table], tokens=1e9)
-    with pytest.raises(UserError, match=r"--window is 1,024; losses of these designs: 4,096 \(2\)"):
+    table.append(old(1, text="manuals", context=64))
+    assert choose_conditions([table], context=64).text == "manuals", "the text of most losses with that window"
+    with pytest.raises(UserError, match=r"--window is 1,024; losses of these designs: 64 \(1\), 4,096 \(2\)"):
         choose_conditions([table], context=1024)
 
 
@@ -138,7 +140,9 @@ def test_losses_on_two_texts_are_neither_ranked_nor_added_and_the_other_text_is_
     assert changes_of(found) == {("cla", None): -0.5, ("mha", "int8"): 0.1}
     assert found["conditions"]["text"] == "novel"
     (note,) = (line for line in found["notes"] if line.startswith("not compared"))
-    assert note == ('not compared with these: 2 losses of the same designs, 2 on another text (--text "manuals").')
+    assert note == (
+        'not compared with these: 2 losses of the same designs, 2 on other texts (--text NAME): "manuals" (2).'
+    )
     found = plan(table, "--no-shipped", "--text", "manuals")
     assert changes_of(found) == {("cla", None): 9, ("cla", "int8"): 8.8}
     with pytest.raises(UserError, match=r'--text is "web"; losses of these designs: "manuals" \(2\), "novel" \(2\)'):
@@ -149,7 +153,7 @@ def test_a_shipped_loss_is_not_added_to_an_own_one_on_another_text(plan):
     kept = {"kv": CLA, "tokens": 490e6, "context": 4096, "parameters": 47e6}
     found = plan([loss(-0.5, **kept, text="my text")])
     assert changes_of(found) == {("cla", None): -0.5}
-    assert any('--text "validation 592c6512044d"' in line for line in found["notes"])
+    assert any('on other texts (--text NAME): "validation 592c6512044d" (' in line for line in found["notes"])
 
 
 def record(**about):

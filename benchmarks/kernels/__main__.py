@@ -10,6 +10,8 @@ mlp norm   SwiGLU and RMSNorm: compiled by torch, and from libraries that are in
 loss       the head and the cross-entropy of its logits, by every installed kernel
 decode     one new token over cached slots; with --sweep also other tiles than the default ones
 tied       one new token over tied slots: variants of the kernel, each checked against plain torch
+latent     one new token over a latent slot (MLA) of the shape of --shape: the kernel in use and one whose products
+           have tokens as rows, each with many tiles, checked and sorted; no tiles start after --seconds
 Training pieces are timed forward and backward. Bounds are bytes over the copy bandwidth measured in the same run, or
 FLOPs over the matmul rate.
 """
@@ -23,17 +25,18 @@ import torch
 
 from benchmarks.kernels.decoding import bench_decode
 from benchmarks.kernels.joint import bench_joint
+from benchmarks.kernels.latent import bench_latent, parse_shape
 from benchmarks.kernels.table import Table
 from benchmarks.kernels.tied import bench_tied
 from benchmarks.kernels.training import bench_attention, bench_fusion, bench_loss, bench_mlp, bench_norm
 from benchmarks.timing import CUDA, copy_bandwidth, matmul_rate
-from cllm.arguments import Parser
+from cllm.arguments import Parser, number
 from cllm.environment import clocks, environment
 from cllm.errors import UserError, one_line
 
 BY_BYTES = {"joint": bench_joint, "fusion": bench_fusion, "norm": bench_norm, "tied": bench_tied}
 BY_FLOPS = {"attention": bench_attention, "mlp": bench_mlp, "loss": bench_loss}
-KINDS = ("attention", "joint", "fusion", "mlp", "norm", "loss", "decode", "tied")
+KINDS = ("attention", "joint", "fusion", "mlp", "norm", "loss", "decode", "tied", "latent")
 
 
 @one_line
@@ -44,7 +47,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON, after every row")
     parser.add_argument("--sweep", action="store_true", help="decode: try other tiles too; minutes")
     parser.add_argument("--only", metavar="TEXT", default="", help="decode: cases whose name contains TEXT")
+    parser.add_argument(
+        "--shape", metavar="KEY=VALUE,...", default="rank=512",
+        help="latent: any of rank=512,rope=64,heads=16,sequences=4,tokens=32768, which are the defaults",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=number(least=0), metavar="N", default=100, help="latent: no tiles start later; default 100"
+    )
     options = parser.parse_args(argv)
+    shape = parse_shape(options.shape)
     if unknown := set(options.what) - set(KINDS):
         raise UserError(f"benchmarks.kernels: unknown {', '.join(unknown)}; allowed: {', '.join(KINDS)}")
     if not torch.cuda.is_available():
@@ -59,6 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     for what in options.what or KINDS:
         if what == "decode":
             bench_decode(table, copy, options.sweep, options.only)
+        elif what == "latent":
+            bench_latent(table, copy, shape, options.seconds)
         elif what in BY_BYTES:
             BY_BYTES[what](table, copy)
         else:

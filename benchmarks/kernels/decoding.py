@@ -56,7 +56,7 @@ class Decode:
     def sets(self) -> list[tuple[list[Stored], list[Stored]]]:
         """Keys and values of several caches, so that none is left in the L2 cache by the call before."""
         number = max(1, min(2**29 // self.bytes(), 2**34 * self.live // (self.s * self.bytes())))
-        table = rope_table(Rope(), self.d[0], torch.arange(self.s, device="cuda")[None])
+        table = rope_table(Rope(), self.d[0], torch.arange(self.s, device="cuda")[None]) if self.rope else None
         sets = []
         for _ in range(number):
             keys = [self.stored(d) for d in self.d]

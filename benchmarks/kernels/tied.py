@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.checked import Checked, print_row
 from benchmarks.kernels.decoding import Decode, run_tiles, unpacked
-from benchmarks.kernels.table import Table, rand
+from benchmarks.kernels.table import Table
 from benchmarks.record import Row
-from benchmarks.timing import replayed_ms
 from cllm.kernels import split_decode
-from cllm.kernels.decode import Stored, Visible, decode_attention_reference, rotation_of
+from cllm.kernels.decode import rotation_of
 from cllm.kernels.split_decode import Tiles
 from cllm.kernels.split_tied import TiedTiles
 
@@ -35,30 +33,10 @@ FORMS_OF_TWO = ((4, 4, 3), (2, 4, 3), (4, 2, 3))
 TWO_HEADS = Decode(name="tied, 4 x 16 heads, 32 queries", h=32, latent=True, rope=True)
 SPLITS = (4, 6, 8, 10, 12, 16, 24, 32)
 """Of programs of four warps; with fewer warps there are as many more."""
-LARGEST_ERROR = 2**-5
-"""Of a head, relative to its largest number. Results are rounded to bf16; matrix products round keys too."""
 
 
-class _Call:
-    """The arguments of one case, and its exact result."""
-
-    def __init__(self, case: Decode):
-        self.case, self.sets = case, case.sets()
-        self.queries = [rand(case.b, case.h, d, grad=False) for d in case.d]
-        self.queries[0][:, ::2] *= 4  # every other head sees few tokens, so that an error of one of them shows
-        self.visible = Visible(torch.tensor([case.live - 1], device="cuda"), None, None, False)
-        keys, values = self.sets[0]
-        rows = [
-            decode_attention_reference(
-                [q[b : b + 1].float() for q in self.queries],
-                _row(keys, b),
-                _row(values, b),
-                self.visible,
-                scale=case.scale,
-            )[0]
-            for b in range(case.b)
-        ]
-        self.wanted = torch.cat(rows)
+class _Call(Checked):
+    """A call of the kernels in use."""
 
     def run(self, tiles: TiedTiles | Tiles, number: int = 0) -> Tensor:
         """Attention over one of the sets of slots."""
@@ -74,26 +52,8 @@ class _Call:
         }
 
     def measure(self, table: Table, copy: float, name: str, tiles: TiedTiles | Tiles) -> Row:
-        """Add a row: ms, the share of the copy's rate and the largest error. Infinite ms: it failed or is wrong."""
-        bound = self.case.bytes() / copy * 1000
-        row: Row = {"what": "tied", "case": self.case.name, "name": name, "ms": math.inf, "bound_ms": bound}
-        try:
-            error = (self.run(tiles).float() - self.wanted).abs().amax(-1) / self.wanted.abs().amax(-1)
-            row["error"] = error.max().item()
-            if not row["error"] <= LARGEST_ERROR:
-                raise ArithmeticError(f"error {row['error']:.1e}, more than {LARGEST_ERROR:.1e}")
-            row["ms"] = replayed_ms([functools.partial(self.run, tiles, n) for n in range(len(self.sets))])
-        except Exception as failure:
-            torch.cuda.synchronize()
-            row["failed"] = " ".join(str(failure).split())[:150]
-        row |= {"share": bound / row["ms"], "tiles": asdict(tiles)}
-        table.add({key: value for key, value in row.items() if value != math.inf})
-        return row
-
-
-def _row(parts: Sequence[Stored], b: int) -> list[Stored]:
-    """One sequence of the parts; their tables have one row for all."""
-    return [replace(x, data=x.data[b : b + 1], scale=None if x.scale is None else x.scale[b : b + 1]) for x in parts]
+        """Add a row; see `Checked.add_row`."""
+        return self.add_row(table, copy, "tied", name, asdict(tiles), functools.partial(self.run, tiles))
 
 
 def _tiles(parts: int, warps: int, stages: int) -> TiedTiles:
@@ -104,14 +64,9 @@ def _name(tiles: TiedTiles) -> str:
     return f"parts {tiles.parts}, warps {tiles.num_warps}, stages {tiles.num_stages}"
 
 
-def _print(row: Row) -> None:
-    result = f"{row['ms']:9.4f} ms {100 * row['share']:6.1f} % of copy  error {row.get('error', math.nan):.1e}"
-    print(f"tied      {row['case']:<38}{row['name']:<58}{row.get('failed', result)}", flush=True)
-
-
 def _by_rule(call: _Call, table: Table, copy: float) -> None:
     for name, tiles in call.rules().items():
-        _print(call.measure(table, copy, name, tiles))
+        print_row(call.measure(table, copy, name, tiles))
 
 
 def bench_tied(table: Table, copy: float) -> None:
@@ -142,5 +97,5 @@ def _best_splits(call: _Call, table: Table, copy: float, variant: TiedTiles) -> 
         if "failed" in rows[-1]:
             break  # other splits are the same kernel
     best = min(rows, key=lambda row: row["ms"])
-    _print(best)
+    print_row(best)
     return best

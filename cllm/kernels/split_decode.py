@@ -267,20 +267,22 @@ def run(
         )  # fmt: skip
     else:
         _launch(tiles, *arguments, rotation, *seen, partial, log_sums)
-    block = min(128, max(16, next_power_of_2(width)))
-    every = next_power_of_2(tiles.splits)
-    triton_decode.merge[(batch * n_heads, -(-width // block))](
-        partial,
-        log_sums,
-        out,
-        log_sum,
-        tiles.splits,
-        OUT_WIDTH=width,
-        ALL=every,
-        CHUNK=min(every, 32),
-        BLOCK=block,
-    )
+    merge_splits(partial, log_sums, out, log_sum)
     return out
+
+
+def merge_splits(partial: Tensor, log_sums: Tensor, out: Tensor, log_sum: Tensor | None) -> None:
+    """Write the results of all splits together, `out` (B, H, E) and `log_sum` (B, H) fp32 to base 2, or None.
+
+    Args:
+        partial: (B, H, splits, E) fp32; uninitialised for an empty split.
+        log_sums: (B, H, splits) fp32 to base 2; -inf for an empty split.
+    """
+    batch, n_heads, splits, width = partial.shape
+    block, every = min(128, max(16, next_power_of_2(width))), next_power_of_2(splits)
+    triton_decode.merge[(batch * n_heads, -(-width // block))](
+        partial, log_sums, out, log_sum, splits, OUT_WIDTH=width, ALL=every, CHUNK=min(every, 32), BLOCK=block
+    )
 
 
 def _launch(

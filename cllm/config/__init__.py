@@ -11,7 +11,8 @@ training.py    attention kernel, data, optimizer, steps
 suites.py      `evaluate_suites:`: suites of samples that are measured during training
 uptraining.py  `init:` and `uptrain:`: starting from another model's weights
 unused.py      settings without effect
-load.py        reads YAML files and a command line into one checked config; reports a mistake in one line
+load.py        reads YAML files and a command line into one checked config
+mistakes.py    a mistake in a config as one line
 help.py        the settings as text, for `--help`
 nested.py      settings with dotted keys as nested mappings
 shipped.py     the configs, recipes and notebooks that come with cllm, by name

@@ -98,6 +98,9 @@ class Match(Section):
 
 
 def _match(value: Any) -> Any:
+    rules = [name for name, field in Match.model_fields.items() if field.annotation is bool]
+    if isinstance(value, str) and value not in rules:
+        raise ValueError(f"is {value!r}; allowed: {', '.join(rules)}, or a mapping of {', '.join(Match.model_fields)}")
     return {value: True} if isinstance(value, str) else value
 
 

@@ -153,7 +153,7 @@ def test_refused(case):
         ("[{layers: 0-3, owns: {}}]", 'kv.layers.0.owns: unknown key; did you mean "own"?'),
         ("[{layers: 0-3, own: {n_kv_head: 2}}]", 'kv.layers.0.own.n_kv_head: unknown key; did you mean "n_kv_heads"?'),
         ("[{layers: 0-3, own: {}, window: '4'}]", "kv.layers.0.window: input should be a valid integer, got '4'"),
-        ("[{layers: 1.5, own: {}}]", "kv.layers.0.layers: input should be a valid integer or string or list, got 1.5"),
+        ("[{layers: 1.5, own: {}}]", "kv.layers.0.layers: input should be a valid integer, string or list, got 1.5"),
         ("[{layers: [1.5], own: {}}]", "kv.layers.0.layers.0: input should be a valid integer, got 1.5"),
     ],
 )

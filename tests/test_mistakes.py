@@ -105,6 +105,10 @@ def test_a_mistake_in_a_config_has_its_key_its_value_and_all_that_is_allowed() -
         == "optim.options.float: input should be a valid boolean, integer, number or string, got [1]"
     )
     assert (
+        mistake(Config, {**CONFIG, "optim": {"options": {1: [1]}}})
+        == "optim.options.1: the key should be a valid string, got 1 (and 1 more)"
+    )
+    assert (
         mistake(Config, {**CONFIG, "train": {"devices": 1.5}})
         == "train.devices: input should be a valid integer or 'auto', got 1.5"
     )

@@ -90,11 +90,10 @@ def _locate(schema: type[BaseModel], location: tuple[Any, ...], data: Any) -> _P
     values = [data]
     is_type = False
     for part in location:
-        is_type = len(here) > 1 and not is_type  # pydantic names the type that it tried, if there are several
+        is_type = len(here) > 1 and not is_type and part != _KEY  # pydantic names the type it tried, if of several
         if is_type:
             here = [(tag, kind) for tag, kind in here if _is_meant(tag, kind, str(part))] or here
-            continue
-        if part == _KEY:
+        if is_type or part == _KEY:
             continue
         was_alone = isinstance(part, int) and any(typing.get_origin(kind) is list for _, kind in here)
         if not (was_alone and values and not isinstance(values[0], list)):

@@ -1,4 +1,4 @@
-"""Launches the Triton kernels of `triton_lowrank`: which calls are supported, and the launches.
+"""Launches the Triton kernels of `triton_lowrank` and `triton_choose`: which calls are supported, and the launches.
 
 Shapes: B batch, S compressed tokens, n tokens that are scored, H query heads, G KV heads, D channels of a head, r rank.
 """
@@ -308,7 +308,7 @@ def _choose_alone(scores: Tensor, selection: Selection) -> Tensor:
         next_power_of_2(chunks),
     )
     out = torch.empty((batch, groups, (always + count) * span), dtype=torch.int64, device=scores.device)
-    triton_lowrank.choose[(groups, batch)](
+    triton_choose.choose[(groups, batch)](
         scores, outliers, out, scores.stride()[:2], outliers.stride()[:2], out.stride()[:2], chunks,
         HEADS=n_heads // groups, OUTLIERS=always, COUNT=count, SPAN=span, BLOCK=block,
         BLOCK_M=next_power_of_2(max(always, 1)),

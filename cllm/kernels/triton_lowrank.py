@@ -4,7 +4,6 @@
 
     rebuilt_scores   scores of keys that are rebuilt tile by tile from their factors; RoPE is applied in registers
     plain_scores     scores of uncompressed keys: the exact tail, outliers, landmarks
-    choose           the chunks whose landmarks have the best scores
     weigh            softmax over scores, times rows of A or exact values
     finish           rows of A to values, and the sum with the tail's, after `triton_decode.merge` has merged the splits
 
@@ -224,82 +223,6 @@ def plain_scores(
         of_tile = (b * G * HEADS + head) * tl.num_programs(1) + tl.program_id(1)
         tl.store(largest + of_tile, most, mask=is_head)
         tl.store(sums + of_tile, tl.sum(tl.exp(value - most[None, :]), 0), mask=is_head)
-
-
-@jit
-def choose(
-    landmark_scores,
-    outliers,
-    out,
-    m_strides,
-    o_strides,
-    out_strides,
-    CHUNKS,
-    HEADS: tl.constexpr,
-    OUTLIERS: tl.constexpr,
-    COUNT: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
-    """Tokens of the chunks that one KV head reads: the outliers, then the COUNT other chunks of largest probability
-    from any of its query heads, in ascending order. Among equal chunks, the first are taken.
-
-    `landmark_scores` is (B, H, CHUNKS) fp32, `outliers` (B, G, OUTLIERS) int64 and `out` (B, G, (OUTLIERS + COUNT) ·
-    SPAN) int64. The scores of the first query head are overwritten: there, outliers are removed by their indices.
-
-    A log-probability is never positive, so that its bits, read as an integer, have its order. The COUNT-th largest is
-    found two bits at a time; the three counts of each step are summed in one word. Most of the time is waiting, for
-    memory and for other warps in sums over all chunks. So TOGETHER heads are read at once, and the two cumulative sums,
-    of larger and of equal chunks, are halves of one word.
-    """
-    group, b = tl.program_id(0), tl.program_id(1)
-    chunk = tl.arange(0, BLOCK)
-    is_chunk = chunk < CHUNKS
-    best = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, HEADS, TOGETHER):
-        head = start + tl.arange(0, TOGETHER)
-        at = landmark_scores + b * m_strides[0] + (group * HEADS + head)[:, None] * m_strides[1] + chunk[None, :]
-        score = tl.load(at, mask=(head < HEADS)[:, None] & is_chunk[None, :], other=float("-inf"))
-        most = tl.maximum(tl.max(score, 1), -1e30)
-        total = tl.maximum(tl.sum(tl.exp(score - most[:, None]), 1), 1e-30)
-        best = tl.maximum(best, tl.max(score - (most + tl.log(total))[:, None], 0))
-    magnitude = tl.minimum(best, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    order = tl.where(is_chunk, 0x7FFFFFFF - magnitude, -1)
-    always = outliers + b * o_strides[0] + group * o_strides[1]
-    m = tl.arange(0, BLOCK_M)
-    first = tl.load(always + m, mask=m < OUTLIERS, other=0)
-    row = landmark_scores + b * m_strides[0] + group * HEADS * m_strides[1]
-    tl.debug_barrier()
-    tl.store(row + chunk, order.to(tl.float32, bitcast=True), mask=is_chunk)
-    tl.debug_barrier()
-    none = tl.full((BLOCK_M,), -1, tl.int32)
-    tl.store(row + first, none.to(tl.float32, bitcast=True), mask=m < OUTLIERS)
-    tl.debug_barrier()
-    order = tl.load(row + chunk, mask=is_chunk, other=0.0, volatile=True).to(tl.int32, bitcast=True)
-    order = tl.where(is_chunk, order, -1)
-    least = tl.where(tl.sum((order >= 1 << 30).to(tl.int32), 0) >= COUNT, 1 << 30, 0)
-    for step in range(15):
-        bit = 28 - 2 * step
-        one, two, three = least | (1 << bit), least | (2 << bit), least | (3 << bit)
-        counts = (order >= one).to(tl.int64)
-        counts += ((order >= two).to(tl.int64) << 20) + ((order >= three).to(tl.int64) << 40)
-        summed = tl.sum(counts, 0)
-        least = tl.where((summed & 0xFFFFF) >= COUNT, one, least)
-        least = tl.where(((summed >> 20) & 0xFFFFF) >= COUNT, two, least)
-        least = tl.where((summed >> 40) >= COUNT, three, least)
-    larger, equal = order > least, order == least
-    sums = tl.cumsum(larger.to(tl.uint32) + (equal.to(tl.uint32) << 16), 0)
-    so_far, equal_so_far = (sums & 0xFFFF).to(tl.int32), (sums >> 16).to(tl.int32)
-    room = COUNT - tl.max(so_far, 0)
-    taken = larger | (equal & (equal_so_far <= room))
-    position = OUTLIERS + so_far + tl.minimum(equal_so_far, room) - 1
-    to = out + b * out_strides[0] + group * out_strides[1]
-    for j in range(SPAN):
-        tl.store(to + position * SPAN + j, (chunk * SPAN + j).to(tl.int64), mask=taken)
-    for j in range(SPAN):
-        tl.store(to + m * SPAN + j, first * SPAN + j, mask=m < OUTLIERS)
 
 
 @jit

@@ -54,9 +54,10 @@ from cllm.kernels.selection import Factored, Selection
 from cllm.kernels.split_lowrank import MAX_DIM
 from cllm.model.rope import apply_rope, rope_table
 from cllm.model.sizes import build_decoder
-from cllm.posthoc.cache import compress_cache, consecutive_table
+from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
+from cllm.posthoc.stores import consecutive_table
 
 SVDS = [
     "svd=auto",

@@ -43,7 +43,8 @@
     compress.py      from a filled cache to compressed prefixes, and their errors
     deferred.py      compressed keys and values that a decode step reads in their stored form
     pages.py         exact keys in pages, of which a decode step reads some
-    cache.py         compressed slots in a `KVCache`
+    stores.py        compressed slots, and slots that share their tokens
+    cache.py         a `KVCache` of them
     hf.py            compressed layers in a transformers cache
     engine.py        cllm's and transformers' models behind one interface
     analysis.py      similarity of layers: cosine, CKA, spectra

@@ -20,11 +20,12 @@ from cllm.model.decoder import Decoder
 from cllm.model.sources import FusedRead, Reader, SharedRead
 from cllm.plan.kinds import Read
 from cllm.posthoc import hf
-from cllm.posthoc.cache import CompressedKVCache, CompressedSlot, SharingSlot, compress_cache, compressible_slots
+from cllm.posthoc.cache import CompressedKVCache, compress_cache, compressible_slots
 from cllm.posthoc.key_norm import KeyNorm
 from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.readers import SlotReader
 from cllm.posthoc.slots import CompressibleSlots
+from cllm.posthoc.stores import CompressedSlot, SharingSlot
 from cllm.posthoc.tensor_tree import fp32_numbers, total_bytes
 
 if TYPE_CHECKING:

@@ -22,11 +22,12 @@ from cllm.cache.stores import FP8, SCALE, FixedSlot, SlotStore, StateStore, Stor
 from cllm.config import ModelConfig
 from cllm.errors import UserError
 from cllm.model.rope import rope_table
-from cllm.posthoc.cache import CompressedKVCache, CompressedSlot, SharingSlot
+from cllm.posthoc.cache import CompressedKVCache
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.compress import Outcome
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import compose, methods
+from cllm.posthoc.stores import CompressedSlot, SharingSlot
 from cllm.prefix.trees import DTYPES, Tensors, read_tree, write_tree
 
 _ALIGNED = 64

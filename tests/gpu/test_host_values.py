@@ -16,9 +16,10 @@ from cllm.kernels.selection import Factored
 from cllm.model.decoder import Decoder
 from cllm.model.graph import StepGraph
 from cllm.model.sizes import build_decoder
-from cllm.posthoc.cache import compress_cache, consecutive_table
+from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
+from cllm.posthoc.stores import consecutive_table
 
 SPEC = "shadowkv:rank=64,select=64,outliers=2"
 HOST = SPEC + ",values=host"

@@ -22,9 +22,10 @@ from cllm.kernels.selection import Factored, chosen_tokens
 from cllm.model.graph import StepGraph
 from cllm.model.sizes import build_decoder
 from cllm.posthoc import deferred
-from cllm.posthoc.cache import compress_cache, consecutive_table
+from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
+from cllm.posthoc.stores import consecutive_table
 
 pytestmark = pytest.mark.skipif(triton_decode.MISSING is not None, reason=f"no triton: {triton_decode.MISSING}")
 B = 2

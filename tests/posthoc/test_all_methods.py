@@ -18,10 +18,11 @@ from transformers import DynamicCache
 from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.posthoc import lowrank
-from cllm.posthoc.cache import CompressedSlot, SharingSlot, compress_cache
+from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import SharingLayer, compress_dynamic
 from cllm.posthoc.registry import methods, parse
+from cllm.posthoc.stores import CompressedSlot, SharingSlot
 
 PADDING, PROMPT, LATER = 8, 32, 5
 SPECS = {

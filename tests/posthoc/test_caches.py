@@ -13,11 +13,12 @@ from cllm.cache.cache import KVCache
 from cllm.cache.stores import SlotStore
 from cllm.errors import UserError
 from cllm.hub.export import as_pretrained
-from cllm.posthoc.cache import CompressedSlot, compress_cache
+from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.compress import mean_errors
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import compress_dynamic, layer_tensors
 from cllm.posthoc.registry import parse
+from cllm.posthoc.stores import CompressedSlot
 from tests.posthoc.reading import read_on
 
 PREFIX, LENGTH, PADDING = 20, 28, [0, 3]

@@ -9,11 +9,12 @@ from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.kernels.selection import chosen_tokens
 from cllm.posthoc import deferred
-from cllm.posthoc.cache import CompressedSlot, compress_cache
+from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.code import Prefix
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
+from cllm.posthoc.stores import CompressedSlot
 
 PREFIX, LENGTH = 21, 28
 DESIGNS = ["mha", "gqa", "cla", "yoco", "fusedkv", "fusedkv_lite", "lckv", "trailing"]

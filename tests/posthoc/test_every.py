@@ -22,9 +22,10 @@ from cllm.errors import UserError
 from cllm.hub.config import CLLMConfig
 from cllm.hub.model import CLLMForCausalLM
 from cllm.posthoc import hf
-from cllm.posthoc.cache import CompressedSlot, compress_cache
+from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.registry import methods, parse
+from cllm.posthoc.stores import CompressedSlot
 from cllm.prefix.pack import pack, unpack
 
 PROMPT, EVERY, LATER, SINKS = 16, 8, 64, 2

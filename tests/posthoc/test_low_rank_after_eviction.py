@@ -19,10 +19,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from cllm.cache.cache import KVCache
 from cllm.errors import UserError
 from cllm.posthoc import deferred
-from cllm.posthoc.cache import CompressedSlot, compress_cache
+from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.hf import compress_dynamic
 from cllm.posthoc.registry import parse
+from cllm.posthoc.stores import CompressedSlot
 from cllm.prefix.pack import pack, unpack
 from tests.posthoc.reading import assert_read_as_alone, compressed_cache, read_on
 from tests.posthoc.slow_attention import replace_attention

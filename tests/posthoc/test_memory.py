@@ -9,9 +9,9 @@ import torch
 
 from cllm.errors import UserError
 from cllm.posthoc import hf
-from cllm.posthoc.cache import CompressedSlot
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.registry import parse
+from cllm.posthoc.stores import CompressedSlot
 
 PREFIX = 40
 SPECS = [

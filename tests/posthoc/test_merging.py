@@ -13,11 +13,11 @@ import torch.nn.functional as F
 import cllm
 from cllm.errors import UserError
 from cllm.hub.export import as_pretrained
-from cllm.posthoc.cache import SharingSlot
 from cllm.posthoc.engine import engine_of
 from cllm.posthoc.methods.commonkv import factorize
 from cllm.posthoc.methods.minicache import slerp
 from cllm.posthoc.registry import parse
+from cllm.posthoc.stores import SharingSlot
 
 
 def noise(*shape, seed=0):

@@ -25,10 +25,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from cllm.cache.cache import KVCache
 from cllm.cache.stores import FixedSlot, GrowingSlot, SlotStore, StateStore, Step
 from cllm.errors import UserError
-from cllm.posthoc.cache import CompressedKVCache, CompressedSlot, SharingSlot
+from cllm.posthoc.cache import CompressedKVCache
 from cllm.posthoc.engine import DecoderEngine, TransformersEngine
 from cllm.posthoc.hf import CompressedDynamicCache, CompressedLayer, SharingLayer
 from cllm.posthoc.method import Engine
+from cllm.posthoc.stores import CompressedSlot, SharingSlot
 
 
 class Context(ABC):

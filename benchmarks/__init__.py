@@ -6,6 +6,7 @@ decode/              decoding steps, times to first token, capacity
 kernels/             pieces of a step against alternatives and bounds
 scaling/             one node's GPUs: strategies and numbers of devices
 posthoc_decode.py    decoding on a compressed cache, and the compression
+posthoc_options.py   sizes, device and printed rows of the benchmarks over compressed caches
 posthoc_variants.py  variants of both, each timed, in less than six minutes; its parts:
     posthoc_compression.py  the compression, of several models and by several methods
     variants.py             timed variants of a setting, of which the fastest is kept

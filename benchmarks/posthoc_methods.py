@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.posthoc_decode import add_outputs, device_of
+from benchmarks.posthoc_options import add_outputs, device_of
 from benchmarks.record import Record, Row
 from benchmarks.timing import BF16, free, time_steps, wait, wall_time
 from cllm.arguments import Parser

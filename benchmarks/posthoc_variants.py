@@ -27,14 +27,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.posthoc_compression import bench_all_compression
-from benchmarks.posthoc_decode import (
-    Layers,
-    add_outputs,
-    add_sizes,
-    begin_record,
-    check_sizes,
-    device_of,
-)
+from benchmarks.posthoc_decode import Layers
+from benchmarks.posthoc_options import add_outputs, add_sizes, begin_record, check_sizes, device_of
 from benchmarks.timing import free, wait
 from benchmarks.variants import SECONDS, Variants
 from cllm.arguments import Parser

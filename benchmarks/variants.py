@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.posthoc_decode import PrintedRecord, layer_ms
+from benchmarks.posthoc_options import PrintedRecord, layer_ms
 from benchmarks.timing import wait
 
 SECONDS = 345

@@ -78,8 +78,7 @@ def main(argv: list[str] | None = None, *, program: str = "cllm study") -> int:
     actions = [name for name in ("dry_run", "status", "slurm", "report") if getattr(options, name)]
     if len(actions) > 1:
         raise UserError(" and ".join(f"--{name.replace('_', '-')}" for name in actions) + ": allowed: one of them")
-    from cllm.study.layout import Layout
-    from cllm.study.runner import study_folder
+    from cllm.study.layout import Layout, study_folder
     from cllm.study.schema import load_study
 
     study = load_study(options.study, overrides)

@@ -8,18 +8,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from cllm.cache.slot import Slot
-from cllm.cache.stores import Step, rows
-from cllm.config import Rope
+from cllm.cache.stores import SlotStore, Step, rows
+from cllm.config import ModelConfig, Rope
 from cllm.kernels.attention import Documents, Mask, document_boundaries
 from cllm.kernels.decode import Visible
 from cllm.model.rope import rope_table
 from cllm.model.sources import RopeTables, unpacked
 from cllm.plan.plan import KVPlan
+
+if TYPE_CHECKING:
+    from cllm.cache.cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,3 +247,56 @@ class Context:
             column, first = self.cache_layout.visible_range(size)
             self._visible[key] = Visible(column, first, window, exclude_self)
         return self._visible[key]
+
+
+def sequence_context(
+    config: ModelConfig,
+    plan: KVPlan,
+    tokens: Tensor,
+    positions: Tensor | None,
+    document_ids: Tensor | None,
+    starts: Tensor | None,
+    step: Step | None,
+    cache: KVCache | None,
+    *,
+    backend: str,
+    recompute_fusion: bool,
+) -> Context:
+    """The context of a pass over `tokens` (B, T), of which only shape and device count.
+
+    `positions`, `document_ids` and `starts` are as for `Decoder.hidden`. `step` is that of the pass over a `cache`.
+    """
+    length, device = tokens.shape[1], tokens.device
+    past = 0 if step is None else step.past
+    columns, documents = torch.arange(length, device=device), None
+    if step is not None:
+        columns = columns + step.column
+    if positions is None:
+        positions = columns[None] if starts is None else (columns - starts[:, None]).clamp(min=0)
+    if starts is not None and (length > 1 or cache is None):  # padding becomes a separate document
+        document_ids = (torch.arange(past + length, device=device) >= starts[:, None]).long()
+        if document_ids.is_cuda and past == 0:
+            documents = document_boundaries(document_ids, 2 * len(document_ids))
+    layout = sizes = None
+    if step is not None and cache is not None:
+        rings = cache.is_static and length == 1
+        layout = CacheLayout(step.column, starts, None if rings else past + length)
+        sizes = {
+            j: store.size if rings else store.kept(past) + length
+            for j, store in cache.stores.items()
+            if isinstance(store, SlotStore)
+        }
+    is_text = None if starts is None else columns >= starts[:, None]
+    context = Context(
+        config.rope,
+        positions,
+        document_ids=document_ids,
+        documents=documents,
+        backend=backend,
+        recompute_fusion=recompute_fusion,
+        cache_layout=layout,
+        step=step,
+        is_text=is_text,
+    )
+    context.prepare(plan, config.resolved_head_dim, sizes)
+    return context

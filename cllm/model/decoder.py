@@ -21,12 +21,11 @@ from cllm.cache.slot import Slot
 from cllm.cache.stores import SlotStore, Step
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.kernels.attention import document_boundaries
 from cllm.kernels.few_rows import FEW_ROWS
 from cllm.kernels.fp8_casts import FP8_CASTS
 from cllm.kernels.sum_products import SUM_PRODUCTS
 from cllm.model.block import Block
-from cllm.model.context import CacheLayout, Context
+from cllm.model.context import Context, sequence_context
 from cllm.model.embedding import ScaledEmbedding
 from cllm.model.initial import check_can_initialise, check_no_buffers, draw_weights
 from cllm.model.loop import share_turns
@@ -293,40 +292,11 @@ class Decoder(nn.Module):
         step: Step | None,
         cache: KVCache | None,
     ) -> Context:
-        length, device = input_ids.shape[1], input_ids.device
-        past = 0 if step is None else step.past
-        columns, documents = torch.arange(length, device=device), None
-        if step is not None:
-            columns = columns + step.column
-        if positions is None:
-            positions = columns[None] if starts is None else (columns - starts[:, None]).clamp(min=0)
-        if starts is not None and (length > 1 or cache is None):  # padding becomes a separate document
-            document_ids = (torch.arange(past + length, device=device) >= starts[:, None]).long()
-            if document_ids.is_cuda and past == 0:
-                documents = document_boundaries(document_ids, 2 * len(document_ids))
-        layout = sizes = None
-        if step is not None and cache is not None:
-            rings = cache.is_static and length == 1
-            layout = CacheLayout(step.column, starts, None if rings else past + length)
-            sizes = {
-                j: store.size if rings else store.kept(past) + length
-                for j, store in cache.stores.items()
-                if isinstance(store, SlotStore)
-            }
-        is_text = None if starts is None else columns >= starts[:, None]
-        context = Context(
-            self.config.rope,
-            positions,
-            document_ids=document_ids,
-            documents=documents,
+        return sequence_context(
+            *(self.config, self.plan, input_ids, positions, document_ids, starts, step, cache),
             backend=self.backend,
             recompute_fusion=self.recompute_fusion,
-            cache_layout=layout,
-            step=step,
-            is_text=is_text,
         )
-        context.prepare(self.plan, self.config.resolved_head_dim, sizes)
-        return context
 
     def _is_observed(self, cache: KVCache | PagedPass | None) -> bool:
         """Whether queries of the pass are recorded, which no layer may skip then."""

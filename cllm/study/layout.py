@@ -99,3 +99,8 @@ def is_held(folder: Path) -> bool:
     except (OSError, IndexError):
         return False
     return state != "Z"
+
+
+def study_folder(name: str) -> Path:
+    """The default folder of a study's files, in the working directory."""
+    return Path("studies") / name

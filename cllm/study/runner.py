@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import yaml
 from tqdm import tqdm
@@ -395,8 +394,3 @@ class Runner:
     @staticmethod
     def _say(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
-
-
-def study_folder(name: str) -> Path:
-    """The default folder of a study's files, in the working directory."""
-    return Path("studies") / name

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import variants as module
-from benchmarks.posthoc_decode import PrintedRecord
+from benchmarks.posthoc_options import PrintedRecord
 from benchmarks.variants import Variants
 from cllm.kernels.lowrank_tiles import Weighing
 

@@ -3,6 +3,7 @@
 sample.py   `Sample`, `Question` and `Answer`: token ids in, losses and generated text out
 suite.py    `TaskSuite`, the base: samples, scores of a question, means, records and tables
 text.py     token ids of texts, cut into a context and what follows
+batches.py  samples that are computed together
 run.py      answers of a subject to samples, for each way to compress the contexts' caches
 reading.py  questions of a batch read after their contexts: losses of options, greedy generation
 caches.py   caches of contexts that many questions read

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from cllm.errors import UserError
 from cllm.evaluate.calibration import calibration_of, calibration_tokens
 from cllm.evaluate.subjects import Subject
+from cllm.evaluate.tasks.batches import batches, default_rows, is_cyclic
 from cllm.evaluate.tasks.caches import ForkedContext, StaticContext, can_be_static, uncompressed
 from cllm.evaluate.tasks.reading import Reader, Step, reads_of
 from cllm.evaluate.tasks.sample import Answer, Question, Sample
@@ -37,11 +38,6 @@ from cllm.posthoc.registry import parse
 from cllm.posthoc.tensor_tree import total_bytes
 from cllm.progress import ProgressMeter
 
-_BATCH_TOKENS = {"cpu": 2**13, "cuda": 2**17}
-"""Tokens of a batch by default, at most."""
-_CACHE_SHARE = 0.04
-"""Share of a GPU's memory for the uncompressed cache of a batch: compression needs a multiple of it."""
-_MOST_ROWS = 1024
 _CALIBRATION = 8
 """Contexts on which methods calibrate, at most."""
 
@@ -110,14 +106,14 @@ def run_samples(
         if methods:
             ids = calibration_tokens(subject, calibration, _longest_contexts(samples).to(device))
             _calibrate(engine, methods, samples, ids, results)
-        rows = _default_rows(engine, device) if batch is None else lambda longest: batch
+        rows = default_rows(engine, device) if batch is None else lambda longest: batch
         for alone in (False, True):  # methods that choose for a batch get one context at a time
             each: Sequence[Compressor | None] = methods or [None]
             pairs = zip(each, results, strict=True)
             own = [(m, result) for m, result in pairs if (m is not None and m.chooses_for_batch) == alone]
             parts = [m for m, _ in own if m is not None], [result for _, result in own]
             runner = _Runner(subject, engine, *parts, device)
-            for indices in batches(samples, (lambda _: 1) if alone else rows, exact=_is_cyclic(engine)) if own else ():
+            for indices in batches(samples, (lambda _: 1) if alone else rows, exact=is_cyclic(engine)) if own else ():
                 runner.add_answers(samples, indices, progress)
     for result, method in zip(results, methods, strict=bool(methods)):
         result.weight_bytes, result.facts = method.weight_bytes(), method.facts()
@@ -142,58 +138,10 @@ def _engine(subject: Subject, methods: Sequence[Compressor]) -> Engine:
     return subject.engine() if needs_own else subject.sample_engine()
 
 
-def batches(samples: Sequence[Sample], rows: Callable[[int], int], *, exact: bool = False) -> Iterator[list[int]]:
-    """Indices of samples whose contexts have the same length, long contexts first; those without questions left out.
-
-    Samples with questions of similar lengths are together. With `exact`, samples that generate are together only if the
-    prompts to generate from have the same lengths.
-
-    Args:
-        samples: any.
-        rows: the most samples of a batch, given the length of its longest sequence in tokens.
-        exact: see above.
-    """
-    keys = {}
-    for i, sample in enumerate(samples):
-        prompts = tuple(len(question.prompt) for question in sample.questions if question.generate)
-        lengths = tuple(len(read.prompt) + len(read.tokens) for read in reads_of(sample.questions))
-        if sample.questions:
-            keys[i] = (-len(sample.context), prompts, lengths)
-    together: list[int] = []
-    longest = 0
-    for i in sorted(keys, key=lambda i: (keys[i], i)):
-        alike = 2 if exact else 1
-        longest = max(longest, samples[i].longest)
-        if together and (len(together) >= rows(longest) or keys[i][:alike] != keys[together[0]][:alike]):
-            yield together
-            together, longest = [], samples[i].longest
-        together.append(i)
-    if together:
-        yield together
-
-
-def _default_rows(engine: Engine, device: torch.device) -> Callable[[int], int]:
-    """The most samples of a batch, by the length of its longest sequence."""
-    tokens = _BATCH_TOKENS.get(device.type, 2**13)
-    if device.type == "cuda":
-        cache = engine.new_cache()
-        with torch.inference_mode():
-            engine.hidden(torch.zeros(1, 1, dtype=torch.long, device=device), cache)
-        memory = torch.cuda.get_device_properties(device).total_memory
-        tokens = min(tokens, int(memory * _CACHE_SHARE / max(engine.nbytes(cache), 1)))
-    return lambda longest: min(max(tokens // max(longest, 1), 1), _MOST_ROWS)
-
-
 def _rounded_up(tokens: int) -> int:
     """A number of few significant bits, at most a quarter larger, so that static caches have few sizes."""
     unit = 2 ** max(tokens.bit_length() - 3, 0)
     return -(-tokens // unit) * unit
-
-
-def _is_cyclic(engine: Engine) -> bool:
-    """Whether layers read from above. They take a limited number of passes over the tokens that are read together, so
-    that a long prompt gives another result if it is read in two parts."""
-    return isinstance(engine, DecoderEngine) and engine.model.passes is not None
 
 
 def _longest_contexts(samples: Sequence[Sample]) -> Tensor:

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from cllm.config import ModelConfig
 from cllm.errors import UserError
-from cllm.evaluate.tasks.run import batches, run_samples
+from cllm.evaluate.tasks.batches import batches
+from cllm.evaluate.tasks.run import run_samples
 from cllm.evaluate.tasks.sample import Answer, Question, Sample
 from cllm.posthoc.engine import DecoderEngine
 from cllm.posthoc.registry import parse

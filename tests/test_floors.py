@@ -108,3 +108,9 @@ def test_packages_import_neither_benchmarks_nor_experiments_above_them(package: 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda path: path.name)
 def test_a_package_of_benchmarks_or_experiments_has_a_sign(package: Path) -> None:
     test_a_package_has_a_sign_that_names_every_module_and_what_it_imports(package)
+
+
+def test_a_module_has_at_most_400_lines() -> None:
+    files = [file for name in ("cllm", *OUTSIDE) for file in (PACKAGE.parent / name).rglob("*.py")]
+    lengths = {str(file): len(file.read_text(encoding="utf-8").splitlines()) for file in files}
+    assert not {file: length for file, length in lengths.items() if length > 400}, "split it along an idea"

@@ -184,6 +184,39 @@ def _as_stored(
     return [Stored(k, scale, rope if i in rotation.parts else None) for i, (k, scale) in enumerate(pairs)]
 
 
+def _compute(
+    function: str, kernel: str, rotation: split_decode.Rotation | None, arguments: tuple[Any, ...], *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The results (B, H, sum of E_p) of the operator `function`, and the log-sum-exp (B, H) of the scores.
+
+    Plain torch returns both in fp32 or fp64. Triton returns the log-sum-exp, and results in fp32, only `with_lse`.
+
+    Args:
+        arguments: of the operator, from `queries` to `scale`.
+    """
+    queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale = arguments
+
+    def unsupported() -> str | None:
+        return split_decode.unsupported(queries, keys, values, [*key_scales, *value_scales], rotation)
+
+    if uses_triton(function, kernel, unsupported, on_gpu=queries[0].is_cuda):
+        with torch.cuda.device_of(queries[0]):
+            lse = queries[0].new_empty(queries[0].shape[:2], dtype=torch.float32) if with_lse else None
+            rule = (column, first, window, exclude_self, scale)
+            out = split_decode.run(
+                queries, keys, key_scales, values, value_scales, *rule, log_sum=lse, rotation=rotation
+            )
+            return out, None if lse is None else lse * math.log(2)
+    results, lse = _reference(
+        queries,
+        _as_stored(keys, key_scales, rotation),
+        [Stored(*pair) for pair in zip(values, value_scales, strict=True)],
+        Visible(column, first, window, exclude_self),
+        scale,
+    )
+    return torch.cat(results, dim=-1), lse
+
+
 @torch.library.custom_op("cllm::decode_attention_lse", mutates_args=())
 def _decode_attention_lse(
     queries: Sequence[Tensor],
@@ -202,23 +235,10 @@ def _decode_attention_lse(
     rotated: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     rotation = _rotation(cos, sin, rotated)
-
-    def unsupported() -> str | None:
-        return split_decode.unsupported(queries, keys, values, [*key_scales, *value_scales], rotation)
-
     arguments = (queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale)
-    if uses_triton("decode_attention_lse", kernel, unsupported, on_gpu=queries[0].is_cuda):
-        with torch.cuda.device_of(queries[0]):
-            lse = torch.empty(queries[0].shape[:2], dtype=torch.float32, device=column.device)
-            return split_decode.run(*arguments, log_sum=lse, rotation=rotation), lse * math.log(2)
-    results, lse = _reference(
-        queries,
-        _as_stored(keys, key_scales, rotation),
-        [Stored(*pair) for pair in zip(values, value_scales, strict=True)],
-        Visible(column, first, window, exclude_self),
-        scale,
-    )
-    return torch.cat(results, dim=-1), lse
+    out, lse = _compute("decode_attention_lse", kernel, rotation, arguments, with_lse=True)
+    assert lse is not None
+    return out, lse
 
 
 @_decode_attention_lse.register_fake
@@ -250,22 +270,9 @@ def _decode_attention(
 ) -> Tensor:
     """(B, H, sum of E_p): one tensor, because results of an operator must not share memory."""
     rotation = _rotation(cos, sin, rotated)
-
-    def unsupported() -> str | None:
-        return split_decode.unsupported(queries, keys, values, [*key_scales, *value_scales], rotation)
-
-    if uses_triton("decode_attention", kernel, unsupported, on_gpu=queries[0].is_cuda):
-        with torch.cuda.device_of(queries[0]):
-            rule = (column, first, window, exclude_self, scale)
-            return split_decode.run(queries, keys, key_scales, values, value_scales, *rule, rotation=rotation)
-    parts = decode_attention_reference(
-        queries,
-        _as_stored(keys, key_scales, rotation),
-        [Stored(*pair) for pair in zip(values, value_scales, strict=True)],
-        Visible(column, first, window, exclude_self),
-        scale=scale,
-    )
-    return torch.cat(parts, dim=-1)
+    arguments = (queries, keys, key_scales, values, value_scales, column, first, window, exclude_self, scale)
+    out, _ = _compute("decode_attention", kernel, rotation, arguments, with_lse=False)
+    return out.to(queries[0].dtype)
 
 
 @_decode_attention.register_fake

@@ -69,17 +69,10 @@ def unsupported(
     rotation: Rotation | None = None,
 ) -> str | None:
     """The reason why the kernels do not support this call, or None."""
-    device = queries[0].device
-    if triton_decode.MISSING is not None:
-        return f"triton cannot be imported: {triton_decode.MISSING}"
-    if device.type == "cpu" and not triton_decode.INTERPRETED:
-        return "the tensors are on the CPU"
-    if device.type not in ("cuda", "cpu"):
-        return f"the tensors are on {device.type}"
+    if obstacle := triton_decode.device_obstacle(queries[0]):
+        return obstacle
+    device, stored = queries[0].device, [*keys, *values]
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    stored = [*keys, *values]
-    if capability < (8, 0):
-        return "needs compute capability 8.0 or newer"
     if capability < (8, 9) and any(t.dtype == FLOAT8 for t in stored):
         return "float8 needs compute capability 8.9 or newer"
     known = (torch.bfloat16, torch.float16, torch.float32)

@@ -41,15 +41,8 @@ def unsupported(
     queries: Sequence[Tensor], keys: Sequence[Factored], values: Sequence[Factored], selection: Selection | None
 ) -> str | None:
     """The reason why the kernels do not support this call, or None."""
-    device = queries[0].device
-    if triton_decode.MISSING is not None:
-        return f"triton cannot be imported: {triton_decode.MISSING}"
-    if device.type == "cpu" and not triton_decode.INTERPRETED:
-        return "the tensors are on the CPU"
-    if device.type not in ("cuda", "cpu"):
-        return f"the tensors are on {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs compute capability 8.0 or newer"
+    if obstacle := triton_decode.device_obstacle(queries[0]):
+        return obstacle
     tensors = [*queries, *(t for part in (*keys, *values) for t in (part.a, part.b, part.tail) if t is not None)]
     if selection is not None:
         tensors += [selection.landmarks, selection.outlier_keys]
@@ -66,7 +59,7 @@ def unsupported(
         return f"heads of {dim} channels; supported: even numbers up to {MAX_DIM}"
     if heads > MAX_HEADS:
         return f"{heads} query heads for each KV head; at most {MAX_HEADS}"
-    limits, size = device_limits(device), keys[0].a.element_size()
+    limits, size = device_limits(queries[0].device), keys[0].a.element_size()
     rebuild = choose_rebuild(
         dim=dim, groups=keys[0].tail.shape[2], size=size, gathered=selection is not None, limits=limits
     )

@@ -42,7 +42,7 @@ def device_obstacle(x: torch.Tensor) -> str | None:
     if MISSING is not None:
         return f"triton cannot be imported: {MISSING}"
     if not x.is_cuda and not (INTERPRETED and x.device.type == "cpu"):
-        return f"the tensors are on {x.device.type}"
+        return f"the tensors are on {'the CPU' if x.device.type == 'cpu' else x.device.type}"
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "needs compute capability 8.0 or newer"
     return None

@@ -108,7 +108,9 @@ def test_double_precision_stays_double() -> None:
 
 def test_what_the_kernel_cannot_compute_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     outs, lses = parts((1, 3, 2, 16), 2, torch.bfloat16, contiguous=True)
-    with pytest.raises(UserError, match=r"merge: kernel is \"triton\", which cannot: (the tensors are on cpu|triton)"):
+    with pytest.raises(
+        UserError, match=r"merge: kernel is \"triton\", which cannot: (the tensors are on the CPU|triton)"
+    ):
         merge(outs, lses, None, torch.bfloat16, "triton")
     monkeypatch.setattr(merging.triton_decode, "MISSING", None)
     monkeypatch.setattr(merging.triton_decode, "INTERPRETED", True)

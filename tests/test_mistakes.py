@@ -83,7 +83,8 @@ MISTAKES = {
     "the share of a design": ({"match": {"cache_bytes": {"x": "2"}}}, "match.cache_bytes.x: is '2'; allowed: a share"),
     "a rule": (
         {"match": "bytes"},
-        "match: is 'bytes'; allowed: parameters, flops, or a mapping of parameters, cache_bytes, flops",
+        "match: is 'bytes', and no mapping of parameters, cache_bytes, flops; nearest: \"parameters\"; allowed: flops, "
+        "parameters",
     ),
     "a word or true or false": (
         {"share_gpu": {"a": 1}},

@@ -100,7 +100,8 @@ class Match(Section):
 def _match(value: Any) -> Any:
     rules = [name for name, field in Match.model_fields.items() if field.annotation is bool]
     if isinstance(value, str) and value not in rules:
-        raise ValueError(f"is {value!r}; allowed: {', '.join(rules)}, or a mapping of {', '.join(Match.model_fields)}")
+        mapping = ", ".join(Match.model_fields)
+        raise ValueError(f"is {value!r}, and no mapping of {mapping}; {nearest(value, rules)}")
     return {value: True} if isinstance(value, str) else value
 
 

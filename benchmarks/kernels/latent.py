@@ -46,7 +46,7 @@ class Shape:
     rank: int = 512
     """Channels of the latent."""
     rope: int = 64
-    """Channels of the RoPE key; 0: there is none."""
+    """Channels of the RoPE key, or 0 without one."""
     heads: int = 16
     """Query heads."""
     sequences: int = 4

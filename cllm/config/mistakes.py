@@ -75,7 +75,7 @@ def _below(kind: Any, part: str | int) -> list[tuple[str | None, Any]]:
 
 
 def _entry(values: list[Any], part: str | int) -> list[Any]:
-    """The entry of a value, in a list; an empty list if there is none or the value is not known."""
+    """`[value[part]]` for `values` of one value; [] without a value, or if it has no such part."""
     try:
         return [values[0][part]]
     except (LookupError, TypeError):

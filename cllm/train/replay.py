@@ -65,7 +65,7 @@ def resolve(config: Config, *, gpu: bool, strategy: str, accumulate: int) -> boo
         return False
     reason = obstacle(config, gpu=gpu, strategy=strategy, accumulate=accumulate)
     if reason is not None and config.train.cuda_graph is True:
-        raise _refused(reason)
+        raise UserError(f"train.cuda_graph is true, which cannot be: {reason}; allowed here: auto, false")
     return reason is None
 
 
@@ -75,23 +75,13 @@ def make_replay(model: nn.Module, objective: Objective, config: Config, *, reaso
     Args:
         model: the decoder that is trained, ready for training.
         objective: of a micro-batch.
-        config: of the run.
+        config: of the run, which `resolve` has accepted.
         reason: `obstacle` of the run.
-
-    Raises:
-        UserError: if `train.cuda_graph` is true, and that is not possible.
     """
-    wanted = config.train.cuda_graph
-    if wanted is False:
+    if config.train.cuda_graph is False:
         return None
-    if reason is not None and wanted is True:
-        raise _refused(reason)
     rank_zero_only(log.info)("cuda_graph: %s", "steps are replayed" if reason is None else f"not used ({reason})")
     return Replay(model, objective) if reason is None else None
-
-
-def _refused(reason: str) -> UserError:
-    return UserError(f"train.cuda_graph is true, which cannot be: {reason}; allowed here: auto, false")
 
 
 class Replay:
@@ -158,7 +148,6 @@ class Replay:
         self._recorded = self._state()
         _check_hooks(self._model)
         self._graph = self._capture()
-        self._drop_gradients()
 
     def _capture(self) -> Any:
         """The graph of a pass over the static batch, whose results are `_parts` and `_gradients`."""

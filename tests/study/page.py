@@ -1,0 +1,50 @@
+"""What the tests of docs/study.md share: its tables and sentences, and numbers of a summary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cllm.study.results import Result
+from cllm.study.summary import Row, Summary
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+RESULTS = DOCS / "results"
+TEXT = (DOCS / "study.md").read_text(encoding="utf-8")
+
+
+def table(heading: str, first: str) -> list[list[str]]:
+    """The cells of the table below a heading whose head begins with `first`."""
+    text = TEXT.split(f"\n{heading}\n")[1]
+    lines = text[text.index(f"| {first} |") :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def said(*phrases: str) -> None:
+    for phrase in phrases:
+        assert phrase in flat(TEXT), phrase
+
+
+def at(result: Result, tokens: float, tag: str = "val/loss") -> float:
+    """The value of the validation nearest to a number of tokens."""
+    return min(result.curve(tag), key=lambda point: abs(point[0] - tokens))[1]
+
+
+def row(summary: Summary, design: str) -> Row:
+    return next(row for row in summary.rows if row.variant.design == design)
+
+
+def text_loss(row: Row) -> dict[str, Any]:
+    """The record of the losses on validation text."""
+    return next(record for record in row.first.content["evaluations"] if "ar_loss" in record)
+
+
+def copying(row: Row, spec: str = "none") -> list[dict[str, Any]]:
+    """The records of copying at all distances, uncompressed; `spec` is what they call that."""
+    found = [record for result in row.results for record in result.content["evaluations"]]
+    which = ("copying", "all", spec)
+    return [record for record in found if tuple(map(record.get, ("suite", "task", "spec"))) == which]

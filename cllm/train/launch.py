@@ -35,8 +35,8 @@ class Launch:
     """Whether forward and backward compute in bf16."""
     compiled: bool
     """Whether blocks are compiled."""
-    graphed: bool
-    """Whether forward and backward of a step are one CUDA graph."""
+    not_graphed: str | None
+    """Why forward and backward of a step are not one CUDA graph; None if they are."""
     optimizer: Optimizer
     """The optimizer of `optim.name`."""
 
@@ -124,7 +124,7 @@ class Launch:
             strategy=strategy,
             bf16=train.in_bf16(gpu=gpu),
             compiled=compiled,
-            graphed=resolve(config, gpu=gpu, strategy=strategy, accumulate=accumulate),
+            not_graphed=resolve(config, gpu=gpu, strategy=strategy, accumulate=accumulate),
             optimizer=optimizer,
         )
 

@@ -28,15 +28,8 @@ _MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_ba
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
-def obstacle(config: Config, *, gpu: bool, strategy: str, accumulate: int) -> str | None:
-    """Why the steps of a run cannot be one CUDA graph each, as settings; None if they can.
-
-    Args:
-        config: of the run.
-        gpu: whether it trains on GPUs.
-        strategy: of `Launch`.
-        accumulate: micro-batches of one process in an optimizer step.
-    """
+def _obstacle(config: Config, *, gpu: bool, strategy: str, accumulate: int) -> str | None:
+    """Why the steps of a run cannot be one CUDA graph each, as settings; None if they can."""
     train = config.train
     if not gpu:
         return "train.accelerator is cpu" if train.accelerator == "cpu" else "this machine has no GPU"
@@ -55,32 +48,37 @@ def obstacle(config: Config, *, gpu: bool, strategy: str, accumulate: int) -> st
     return None
 
 
-def resolve(config: Config, *, gpu: bool, strategy: str, accumulate: int) -> bool:
-    """`train.cuda_graph` of a run as far as its settings decide it, with arguments as those of `obstacle`.
+def resolve(config: Config, *, gpu: bool, strategy: str, accumulate: int) -> str | None:
+    """Why the steps of a run are not one CUDA graph each, as far as settings decide it; None if they are.
+
+    Args:
+        config: of the run.
+        gpu: whether it trains on GPUs.
+        strategy: of `Launch`.
+        accumulate: micro-batches of one process in an optimizer step.
 
     Raises:
-        UserError: if it is true, and that is not possible.
+        UserError: if `train.cuda_graph` is true, and that is not possible.
     """
     if config.train.cuda_graph is False:
-        return False
-    reason = obstacle(config, gpu=gpu, strategy=strategy, accumulate=accumulate)
+        return "train.cuda_graph is false"
+    reason = _obstacle(config, gpu=gpu, strategy=strategy, accumulate=accumulate)
     if reason is not None and config.train.cuda_graph is True:
         raise UserError(f"train.cuda_graph is true, which cannot be: {reason}; allowed here: auto, false")
-    return reason is None
+    return reason
 
 
-def make_replay(model: nn.Module, objective: Objective, config: Config, *, reason: str | None) -> Replay | None:
+def make_replay(model: nn.Module, objective: Objective, *, setting: bool | str, reason: str | None) -> Replay | None:
     """The `Replay` of a run, or None if its steps are not replayed. Logs what `auto` chose, and why.
 
     Args:
         model: the decoder that is trained, ready for training.
         objective: of a micro-batch.
-        config: of the run, which `resolve` has accepted.
-        reason: `obstacle` of the run.
+        setting: `train.cuda_graph` of the run.
+        reason: why its steps are not replayed, as of `resolve`.
     """
-    if config.train.cuda_graph is False:
-        return None
-    rank_zero_only(log.info)("cuda_graph: %s", "steps are replayed" if reason is None else f"not used ({reason})")
+    if setting is not False:
+        rank_zero_only(log.info)("cuda_graph: %s", "steps are replayed" if reason is None else f"not used ({reason})")
     return Replay(model, objective) if reason is None else None
 
 

@@ -36,7 +36,7 @@ from cllm.train.module import TrainingModule
 from cllm.train.prepare import prepare_for_training
 from cllm.train.probes import Probe, Probes
 from cllm.train.ranks import RankWatch
-from cllm.train.replay import make_replay, obstacle
+from cllm.train.replay import make_replay
 from cllm.train.reshard import shards
 from cllm.train.resume import delete_checkpoints, prepare_folder, record_data
 from cllm.train.stop import StopWhenDone
@@ -196,9 +196,6 @@ def make_module(
 
 
 def _replaying(module: TrainingModule, launch: Launch) -> TrainingModule:
-    config, gpu = module.config, launch.accelerator == "gpu"
-    reason = None
-    if not launch.graphed:
-        reason = obstacle(config, gpu=gpu, strategy=launch.strategy, accumulate=launch.accumulate)
-    module.replay = make_replay(module.model, module.objective, config, reason=reason)
+    setting = module.config.train.cuda_graph
+    module.replay = make_replay(module.model, module.objective, setting=setting, reason=launch.not_graphed)
     return module

@@ -281,6 +281,13 @@ def test_one_graph_whatever_the_column(case):
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def no_interpreter(monkeypatch):
+    """Triton without its interpreter, also where TRITON_INTERPRET=1 is set."""
+    monkeypatch.setattr(split_lowrank.triton_decode, "INTERPRETED", False)
+
+
+@pytest.mark.usefixtures("no_interpreter")
 def test_the_choice_is_logged_once(caplog):
     log_once.cache_clear()
     arguments, _, _ = call(Case(), torch.float32)
@@ -293,6 +300,7 @@ def test_the_choice_is_logged_once(caplog):
 
 
 @pytest.mark.parametrize(("kernel", "message"), [("flash", "allowed: auto, triton, reference"), ("triton", "cannot: ")])
+@pytest.mark.usefixtures("no_interpreter")
 def test_a_kernel_that_cannot_is_refused(kernel, message):
     arguments, _, _ = call(Case(), torch.float32)
     with pytest.raises(UserError, match=message):
@@ -404,6 +412,7 @@ def test_shapes_that_resident_programs_do_not_support(changed):
     assert choose_resident(tokens=65536, **(shape | changed)) is None
 
 
+@pytest.mark.usefixtures("no_interpreter")
 def test_tensors_that_resident_programs_support(monkeypatch):
     """Hopper, 16 bits, rows that TMA can address; everything else uses Triton's kernel."""
     limits, a, b = Limits(), torch.zeros(1, 20_000, 96).bfloat16(), torch.zeros(1, 512, 96).bfloat16()

@@ -270,15 +270,22 @@ class Experiment:
         failed = self.devices.failed
         return row | ({"failed": failed[name]} if name in failed else {})
 
+    def _earlier(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows of results.json of students that `rows` lack: those of earlier commands in this folder."""
+        file, own = self.out / "results.json", {row["student"] for row in rows}
+        found = json.loads(file.read_text(encoding="utf-8"))["students"] if file.exists() else []
+        return [row for row in found if row["student"] not in own]
+
     def write(self) -> list[dict[str, Any]]:
-        """Write results.json and table.md; returns the rows of the students."""
+        """Write results.json and table.md, also with students of earlier commands; returns the rows of this one's."""
         with self._lock:
             rows = [self.row(student) for student in self.students]
+            every = [*self._earlier(rows), *rows]
             settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
             named = {} if self.name is None else {"name": self.name}
-            found = {**named, "environment": self._environment, "settings": settings, "students": rows}
+            found = {**named, "environment": self._environment, "settings": settings, "students": every}
             write_atomic(self.out / "results.json", json.dumps(found, indent=2) + "\n")
-            write_atomic(self.out / "table.md", table(rows))
+            write_atomic(self.out / "table.md", table(every))
         return rows
 
 

@@ -204,6 +204,12 @@ def test_a_tiny_study_stops_goes_on_and_repeats_the_best(
     assert not kept, "checkpoints of finished students are deleted"
     assert RunFolder(out / "teacher").checkpoint_folder.exists()
     assert "| fusedkv |  | 0.500 | 2 |" in (out / "table.md").read_text(encoding="utf-8")
+
+    assert scratch.main([*command[: command.index("--students")], "--students", "cla2", "--seeds", "1"]) == 0
+    again = json.loads((out / "results.json").read_text(encoding="utf-8"))["students"]
+    by_name = {row["student"]: row for row in rows}
+    assert {row["student"]: row for row in again} == by_name, "students of earlier commands stay"
+    assert "| fusedkv |  | 0.500 | 2 |" in (out / "table.md").read_text(encoding="utf-8")
     assert scratch.main([*command, "--seeds", "0"]) == 2
     assert scratch.main([*command, "--percent", "0"]) == 2
     capsys.readouterr()

@@ -6,7 +6,7 @@ import math
 import re
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.outputs import new_figure, scale_bytes
@@ -33,7 +33,10 @@ def colours(labels: Sequence[str]) -> dict[str, str]:
 
 
 def curves_figure(summary: Summary, rows: Sequence[Row], tag: str, what: str, unit: str = "nats per token") -> Figure:
-    """Draw a tag of the training against tokens, the mean of a row's seeds as a line, each seed thinly."""
+    """Draw a tag of the training against tokens, the mean of a row's seeds as a line, each seed thinly.
+
+    The legend has the lines in the order of their ends, from the top.
+    """
     from matplotlib.ticker import EngFormatter
 
     figure, axes = new_figure(9, 5.5, f"{what} against training tokens")
@@ -41,20 +44,21 @@ def curves_figure(summary: Summary, rows: Sequence[Row], tag: str, what: str, un
     axes.set_xlabel("tokens")
     axes.set_ylabel(f"{what}, {unit}")
     colour = colours([row.label for row in summary.rows])
-    shown = []
+    shown, lines = [], []
     for row in rows:
         if len(curve := row.curve(tag)) < 2:
             continue
         for result in row.results if len(row.results) > 1 else ():
             axes.plot(*zip(*result.curve(tag), strict=True), color=colour[row.label], linewidth=0.5, alpha=0.5)
-        axes.plot(
-            *zip(*curve, strict=True), "o-", color=colour[row.label], label=row.label, linewidth=1.6, markersize=2.5
-        )
+        style: dict[str, Any] = {"color": colour[row.label], "label": row.label, "linewidth": 1.6, "markersize": 2.5}
+        (line,) = axes.plot(*zip(*curve, strict=True), "o-", **style)
+        lines.append((curve[-1][1], line))
         shown += [value for t, value in curve if t > 0.1 * row.tokens]
     if shown:  # the fall at the beginning would flatten the rest
         room = 0.08 * (max(shown) - min(shown)) + 1e-6
         axes.set_ylim(min(shown) - room, max(shown) + room)
-        axes.legend(frameon=False, fontsize=8.5)
+        by_end = [line for _, line in sorted(lines, key=lambda pair: pair[0], reverse=True)]
+        axes.legend(handles=by_end, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 

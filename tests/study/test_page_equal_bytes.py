@@ -16,7 +16,8 @@ from cllm.study.summary import Row, Summary, summarise
 from tests.study.page import DOCS, RESULTS, at, copying, row, said, table, text_loss
 
 LONG = RESULTS / "2026-11-27-study-490m-h200"
-HALF = RESULTS / "2026-11-28-study-equal-bytes-h200"
+FOLDER = RESULTS / "2026-11-28-study-equal-bytes-h200"
+RATES = (1.5e-3, 3e-3)
 
 
 @pytest.fixture(scope="module")
@@ -25,24 +26,45 @@ def summary() -> Summary:
 
 
 @pytest.fixture(scope="module")
-def half() -> Summary:
-    return summarise(load_study(DOCS.parent / "configs/studies/equal_bytes.yaml"), read_results(HALF))
+def both() -> Summary:
+    return summarise(load_study(DOCS.parent / "configs/studies/equal_bytes.yaml"), read_results(FOLDER))
+
+
+def at_share(summary: Summary, share: str) -> list[Row]:
+    """The designs at a share of mha's cache, `half` or `quarter`, and mha, the lowest loss first."""
+    rows = [row for row in summary.rows if row.label == "mha" or row.variant.design.endswith(f"-{share}")]
+    return sorted(rows, key=lambda row: row.loss.mean)
 
 
 def name_of(row: Row) -> str:
-    return row.variant.design.removesuffix("-half")
+    return row.variant.design.partition("-")[0]
 
 
-def searched(summary: Summary, design: str, tag: str = "val/loss") -> list[float]:
-    """The last validation of a design's runs of the search, at 1.5e-3 and 3e-3."""
+def searched(summary: Summary, design: str, tag: str = "val/loss") -> dict[float, float]:
+    """The last validation of a design's runs of the search by their rates."""
     runs = {r.content["rate"]: r for r in summary.used if r.content["search"] and r.variant.design == design}
-    return [runs[rate].curve(tag)[-1][1] for rate in (1.5e-3, 3e-3)]
+    return {rate: run.curve(tag)[-1][1] for rate, run in runs.items()}
 
 
-def long(row: Row) -> dict[float, float | None]:
+def written(losses: dict[float, float], rates: Sequence[float] = RATES) -> list[str]:
+    """Cells of a table: the loss at each rate, or nothing."""
+    return [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
+
+
+def to_mha(row: Row) -> str:
+    pairs = None if row.difference is None else row.difference.pairs
+    return "" if pairs is None else f"{pairs.mean:+.3f}"
+
+
+def copied(row: Row) -> str:
+    found = [f"{c['accuracy']:.1f} ± {c['accuracy_stderr']:.1f}" for c in copying(row, "as it is")]
+    return "".join(found)
+
+
+def long(row: Row) -> dict[float, float]:
     """The losses of a design's runs of 100 M tokens by their rates."""
-    own = [r for r in read_results(HALF) if r.variant == row.variant and not r.content["search"]]
-    return {result.rate: result.loss for result in own}
+    own = [r for r in read_results(FOLDER) if r.variant == row.variant and not r.content["search"]]
+    return {result.rate: result.loss or math.nan for result in own if result.rate is not None}
 
 
 def learned(row: Row) -> float:
@@ -50,43 +72,92 @@ def learned(row: Row) -> float:
     return next(tokens for tokens, loss in row.first.curve("val/ar_loss") if loss < 3)
 
 
-def test_the_table_of_equal_bytes(half: Summary) -> None:
-    assert {result.name for result in half.used} == {file.stem for file in HALF.glob("*.json")}
-    rows = sorted(half.rows, key=lambda row: row.loss.mean)
-    gqa = row(half, "gqa-half").loss.mean
-    _, _, *written = table("### Twelve designs, half of the cache", "design")
+def test_no_result_is_left_out(both: Summary) -> None:
+    assert {result.name for result in both.used} == {file.stem for file in FOLDER.glob("*.json")}
+
+
+def test_the_table_of_half_of_the_cache(both: Summary) -> None:
+    gqa = row(both, "gqa-half").loss.mean
     expected = []
-    for found in rows:
-        short, kv = searched(half, found.variant.design), found.first.content["summary"]["kv_vs_mha"]
-        losses = long(found)
-        assert (1.5e-3 if short[0] < short[1] else 3e-3) in losses
-        assert found.loss.mean == min(loss for loss in losses.values() if loss is not None)
+    for found in at_share(both, "half"):
+        short, losses = searched(both, found.variant.design), long(found)
+        assert min(short, key=lambda rate: short[rate]) in losses
+        assert found.loss.mean == min(losses.values())
+        kv = found.first.content["summary"]["kv_vs_mha"]
         assert kv["resident"] == (1.0 if found.label == "mha" else 0.5)
-        copied = [f"{c['accuracy']:.1f} ± {c['accuracy_stderr']:.1f}" for c in copying(found, "as it is")]
-        pairs = None if found.difference is None else found.difference.pairs
-        expected.append(
-            [
-                name_of(found),
-                f"{kv['read']:.3f}",
-                *(f"{loss:.3f}" for loss in short),
-                *("" if rate not in losses else f"{losses[rate]:.3f}" for rate in (1.5e-3, 3e-3)),
-                "" if pairs is None else f"{pairs.mean:+.3f}",
-                "" if name_of(found) == "gqa" else f"{found.loss.mean - gqa:+.3f}",
-                f"{learned(found) / 1e6:.0f} M",
-                *(copied or [""]),
-            ]
-        )
-    assert written == expected
+        against = "" if name_of(found) == "gqa" else f"{found.loss.mean - gqa:+.3f}"
+        rates = [*written(short), *written(losses)]
+        cells = [to_mha(found), against, f"{learned(found) / 1e6:.0f} M", copied(found)]
+        expected.append([name_of(found), f"{kv['read']:.3f}", *rates, *cells])
+    _, _, *cells = table("### Twelve designs, half of the cache", "design")
+    assert cells == expected
     assert [found[0] for found in expected if not found[-1]] == ["fusedkv_rich"]
-    (other,) = (r for r in read_results(HALF) if r.name.startswith("fusedkv_rich-half-lr0.003-100M"))
+    (other,) = (r for r in read_results(FOLDER) if r.name.startswith("fusedkv_rich-half-lr0.003-100M"))
     wanted = ("copying", "all")
     (record,) = (r for r in other.content["evaluations"] if (r.get("suite"), r.get("task")) == wanted)
     said(f"at 3e-3 only: there it copies {record['accuracy']:.1f} ± {record['accuracy_stderr']:.1f} %")
 
 
-def test_the_sentences_about_equal_bytes(half: Summary, summary: Summary) -> None:
-    rows = {name_of(found): found for found in half.rows}
-    order = sorted(rows, key=lambda name: rows[name].loss.mean)
+def test_the_table_of_a_quarter_of_the_cache(both: Summary) -> None:
+    halves = {name_of(found): found for found in at_share(both, "half")}
+    expected = []
+    for found in at_share(both, "quarter"):
+        name, kv = name_of(found), found.first.content["summary"]["kv_vs_mha"]
+        assert kv["resident"] == (1.0 if name == "mha" else 0.25)
+        losses, short = long(found), searched(both, found.variant.design)
+        assert losses.keys() == {1.5e-3}
+        rates = [*written(short, RATES[:1]), *written(losses, RATES[:1])]
+        against = "" if name in ("mha", "xmla") else f"{found.loss.mean - halves[name].loss.mean:+.3f}"
+        cells = [to_mha(found), against, f"{learned(found) / 1e6:.0f} M", copied(found)]
+        expected.append([name, f"{kv['read']:.3f}", *rates, *cells])
+    _, _, *cells = table("### Twelve designs, a quarter of the cache", "design")
+    assert cells == expected
+    assert sum(cells[2] != "" for cells in expected if cells[0] != "mha") == 7
+
+
+def test_the_sentences_about_a_quarter_of_the_cache(both: Summary) -> None:
+    rows, halves = ({name_of(found): found for found in at_share(both, share)} for share in ("quarter", "half"))
+    gap = {name: found.loss.mean - rows["mha"].loss.mean for name, found in rows.items()}
+    first, last = ("fusedkv", "fusedkv_lite", "fusedkv_rich", "svformer"), ("xmla", "kv_tie")
+    assert tuple(rows)[:4] == first
+    assert tuple(rows)[-2:] == last
+    around = [name for name in tuple(rows)[4:-2] if name != "mha"]
+    change = {name: rows[name].loss.mean - found.loss.mean for name, found in halves.items() if name != "mha"}
+    lost = sorted(value for value in change.values() if value > 0)
+    assert len(lost) == 9
+    younger = {name: at(rows[name].first, 50e6) - at(rows["mha"].first, 50e6) for name in ("gqa", "cla", "mla")}
+    when = {name: [round(learned(of[name]) / 1e6) for of in (rows, halves)] for name in ("yoco", "mla")}
+    said(
+        f"{', '.join(first[:3])} and {first[3]} are {-gap[first[3]]:.3f} to {-gap[first[0]]:.3f} below mha",
+        f"{rows[around[0]].loss.mean - rows[first[3]].loss.mean:.3f} or more below all others",
+        f"They lose {min(change[n] for n in first):.3f} to {max(change[n] for n in first):.3f} to",
+        f"from {-gap[around[0]]:.3f} below to {gap[around[-1]]:.3f} above: {', '.join(around[:5])} and {around[5]}.",
+        f"gqa was {younger['gqa']:.3f} above mha, cla {younger['cla']:.3f} and mla {younger['mla']:.3f}:",
+        f"xmla and kv_tie are {gap['xmla']:.3f} and {gap['kv_tie']:.3f} above mha",
+        f"nine designs lose {lost[0]:.3f} to {lost[-1]:.3f}, and two gain**: yoco {-change['yoco']:.3f} and "
+        f"mla {-change['mla']:.3f}.",
+        f"yoco at {when['yoco'][0]} M tokens and not at {when['yoco'][1]} M, "
+        f"mla at {when['mla'][0]} M and not at {when['mla'][1]} M",
+        f"fusedkv_rich is {rows['fusedkv_rich'].loss.mean - rows['fusedkv'].loss.mean:.3f} above fusedkv.",
+    )
+    percent = {name: float(copied(found).split()[0]) for name, found in rows.items()}
+    half = {name: float(copied(halves[name]).split()[0]) for name in ("fusedkv", "fusedkv_lite")}
+    said(
+        f"copy {percent.pop('fusedkv_rich')} and {percent.pop('fusedkv')} % of random tokens, fusedkv_lite "
+        f"{percent.pop('fusedkv_lite')}, all others {max(percent.values()):.0f} % or less",
+        f"With half of the cache fusedkv had {half['fusedkv']} and fusedkv_lite {half['fusedkv_lite']}.",
+    )
+    speed = {name: found.first.tokens_per_s or 0.0 for name, found in rows.items() if name != "mha"}
+    ced = speed.pop("ced")
+    said(
+        f"At a quarter, on another machine: {round(min(speed.values()) / 1e3)},000 to "
+        f"{round(max(speed.values()) / 1e3)},000, and ced {round(ced / 1e3)},000"
+    )
+
+
+def test_the_sentences_about_half_of_the_cache(both: Summary, summary: Summary) -> None:
+    rows = {name_of(found): found for found in at_share(both, "half")}
+    order = list(rows)
     loss = {name: found.loss.mean for name, found in rows.items()}
     first, close, last = order[:4], order[4:10], order[10:]
     older = {result.variant.design: result for result in read_results(RESULTS / "2026-11-27-study-100m-h200")}
@@ -143,30 +214,32 @@ def test_the_sentences_about_equal_bytes(half: Summary, summary: Summary) -> Non
     )
     assert round(copying(rows["svformer"], "as it is")[0]["accuracy"]) == 2
 
-    short = {name: searched(half, found.variant.design) for name, found in rows.items()}
-    late = [n for n, found in rows.items() if min(searched(half, found.variant.design, "val/ar_loss")) > 3.95]
+    short = {name: searched(both, found.variant.design) for name, found in rows.items()}
+    late = [n for n, found in rows.items() if min(searched(both, found.variant.design, "val/ar_loss").values()) > 3.95]
     assert len(late) == 8
     assert set(late) == {*close, *last}
     curve = [(tokens, gap("fusedkv_rich", tokens, "fusedkv")) for tokens, _ in rows["fusedkv"].first.curve("val/loss")]
     assert all(change > 0 for tokens, change in curve if tokens > 5e6)
     assert rows["fusedkv_rich"].first.rate == rows["fusedkv"].first.rate == 1.5e-3
-    worse = {name: (long(rows[name])[3e-3] or math.nan) - loss[name] for name in ("cla", "fusedkv_rich")}
+    worse = {name: long(rows[name])[3e-3] - loss[name] for name in ("cla", "fusedkv_rich")}
     said(
-        f"mla's two rates differ by {short['mla'][1] - short['mla'][0]:.3f} after 20 M",
-        f"3e-3 for cla by {short['cla'][0] - short['cla'][1]:.3f};",
+        f"mla's two rates differ by {short['mla'][3e-3] - short['mla'][1.5e-3]:.3f} after 20 M",
+        f"3e-3 for cla by {short['cla'][1.5e-3] - short['cla'][3e-3]:.3f};",
         f"after 100 M tokens 3e-3 is {worse['cla']:.3f} worse there",
         f"and {worse['fusedkv_rich']:.3f} worse for fusedkv_rich, which it had preferred by "
-        f"{short['fusedkv_rich'][0] - short['fusedkv_rich'][1]:.3f}",
+        f"{short['fusedkv_rich'][1.5e-3] - short['fusedkv_rich'][3e-3]:.3f}",
         f"from 5 M tokens on, and {gap('fusedkv_rich', 100e6, 'fusedkv'):.3f} above",
     )
     assert {name for name, found in rows.items() if found.first.rate == 3e-3} == {"kv_tie"}
+    tied = long(rows["kv_tie"])
+    said(f"kv_tie's two long runs are {tied[1.5e-3] - tied[3e-3]:.3f} apart")
 
 
-def test_speeds_and_busy_devices_of_the_study_of_equal_bytes(half: Summary) -> None:
-    speed = {name_of(found): found.first.tokens_per_s or 0.0 for found in half.rows}
+def test_speeds_and_busy_devices_of_the_study_of_equal_bytes(both: Summary) -> None:
+    speed = {name_of(found): found.first.tokens_per_s or 0.0 for found in at_share(both, "half")}
     alone = {
         r.variant.design: r.tokens_per_s or 0.0
-        for r in half.used
+        for r in both.used
         if r.content["search"] and r.content["rate"] == 1.5e-3
     }
     named = {
@@ -178,8 +251,8 @@ def test_speeds_and_busy_devices_of_the_study_of_equal_bytes(half: Summary) -> N
         f"{named['mha']} and {named['yoco']}, where the search had {round(alone['mha'] / 1e3)},000 and "
         f"{round(alone['yoco-half'] / 1e3)},000 at 1.5e-3",
     )
-    sessions = [json.loads(file.read_text()) for file in sorted((HALF / "sessions").glob("*.json"))]
-    assert len(sessions) == 6
+    sessions = [json.loads(file.read_text()) for file in sorted((FOLDER / "sessions").glob("*.json"))]
+    assert len(sessions) == 8
     assert all(len(session["devices"]) == 1 for session in sessions)
 
     def busy(of: Sequence[dict[str, Any]], kind: str = "") -> tuple[float, str]:
@@ -188,10 +261,12 @@ def test_speeds_and_busy_devices_of_the_study_of_equal_bytes(half: Summary) -> N
         return seconds, f"{100 * share:.0f} %"
 
     (every, share), (waiting, share_waiting) = busy(sessions), busy(sessions, "queued_")
-    middle, newest = ([busy(of, kind)[1] for kind in ("", "queued_")] for of in (sessions[2:4], sessions[4:]))
+    newest, short = ([busy(of, kind)[1] for kind in ("", "queued_")] for of in (sessions[6:], sessions[4:6]))
+    minutes = [round(session["seconds"] / 60) for session in sessions[6:]]
     said(
-        f"busy for {share}** of {every:,.0f} s of six sessions on one GPU each",
+        f"busy for {share}** of {every:,.0f} s of eight sessions on one GPU each",
         f"for {share_waiting} of the {waiting:,.0f} s with four or more runs waiting",
-        f"these are {middle[0].removesuffix(' %')} and {middle[1]};",
-        f"a part of the next, {newest[0].removesuffix(' %')} and {newest[1]}:",
+        f"In the last two sessions, of {minutes[0]} and {minutes[1]} minutes, it was "
+        f"{newest[0].removesuffix(' %')} and {newest[1]}.",
+        f"In the two of 4 minutes before them it was {short[0].removesuffix(' %')} and {short[1]}:",
     )

@@ -17,6 +17,7 @@ from cllm.errors import UserError
 from cllm.evaluate.suites.choice import parse_choice
 from cllm.evaluate.suites.registry import suites
 from cllm.study.curves import crossing, fit_curve
+from cllm.study.figures import curves_figure
 from cllm.study.layout import Layout
 from cllm.study.report import report_data, report_text, write_report
 from cllm.study.results import read_results, with_evaluations
@@ -234,6 +235,20 @@ def test_a_report_mixes_no_versions(finished: Path, chaos: ModuleType, tmp_path:
     assert f"- {second.stem}: other data" in text
     with pytest.raises(UserError, match="no result of its present settings"):
         summarise(study.model_copy(update={"overrides": {"optim": {"eps": 1e-6}}}), read_results(layout.results))
+
+
+def test_the_legend_names_the_lines_in_the_order_of_their_ends(
+    finished: Path, chaos: ModuleType, tmp_path: Path
+) -> None:
+    layout = copy_of(finished, tmp_path)
+    losses = {"mha": [5.0, 3.0], "cla": [4.0, 3.5]}
+    for design, values in losses.items():
+        change(layout, f"{design}-*-160-*.json", validation={"tokens": [80, 160], "val/loss": values})
+    found = summarise(chaos.study_of(finished / "base.yaml"), read_results(layout.results))
+    (legend,) = [axes.get_legend() for axes in curves_figure(found, found.rows, "val/loss", "Loss").axes]
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == sorted(names, key=lambda name: -losses[name][-1])
+    assert len(names) > 1
 
 
 def test_suites_in_training_are_drawn_over_tokens(finished: Path, chaos: ModuleType, tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ joint.py     joint attention forward and backward, and the merge of its parts
 decoding.py  attention of one new token over cached slots
 checked.py   decoding calls whose results are compared with plain torch before they are timed
 tied.py      variants of the kernel over tied slots
-latent.py    kernels over a latent slot, with many tiles
-latent_kernel.py  a candidate for that, with tokens as rows of the products
+latent.py    the kernel over a latent slot, with many tiles
 
 Imports benchmarks.record, benchmarks.timing and cllm.
 """

@@ -10,8 +10,8 @@ mlp norm   SwiGLU and RMSNorm: compiled by torch, and from libraries that are in
 loss       the head and the cross-entropy of its logits, by every installed kernel
 decode     one new token over cached slots; with --sweep also other tiles than the default ones
 tied       one new token over tied slots: variants of the kernel, each checked against plain torch
-latent     one new token over a latent slot (MLA) of the shape of --shape: the kernel in use and one whose products
-           have tokens as rows, each with many tiles, checked and sorted; no tiles start after --seconds
+latent     one new token over a latent slot (MLA) of the shape of --shape, with many tiles, checked and sorted; no
+           tiles start after --seconds
 Training pieces are timed forward and backward. Bounds are bytes over the copy bandwidth measured in the same run, or
 FLOPs over the matmul rate.
 """

@@ -1,8 +1,7 @@
-"""Kernels that decode over a latent slot: the one in use and a candidate, each with many tiles, checked and timed.
+"""The kernel that decodes over a latent slot, with many tiles, each checked and timed.
 
 A latent slot (multi-head latent attention with absorbed up-projections) has one KV head, whose keys are the latent and
-a RoPE key, and whose values are the latent. The kernel in use has query heads as rows of its matrix products; the
-candidate, `latent_kernel`, has tokens as rows, and says why.
+a RoPE key, and whose values are the latent.
 """
 
 from __future__ import annotations
@@ -11,16 +10,14 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import latent_kernel
 from benchmarks.kernels.checked import Checked, print_row
 from benchmarks.kernels.decoding import Decode, run_tiles, unpacked
-from benchmarks.kernels.latent_kernel import LatentTiles
 from benchmarks.kernels.table import Table
 from benchmarks.record import Row
 from cllm.errors import UserError, nearest
@@ -29,14 +26,11 @@ from cllm.kernels.limits import Limits, device_limits
 from cllm.kernels.split_decode import Tiles
 from cllm.key_values import read_options
 
-IN_USE, CANDIDATE = "heads as rows", "tokens as rows"
 PRINTED = 12
-"""Rows of each kernel in the table at the end; the file has all."""
+"""Rows of the table at the end; the file has all."""
 WAVES = (1, 2, 3, 4, 6, 8)
 """Programs for each multiprocessor, of which each form is timed with every number."""
 MOST_SPLITS = 256
-MOST_OUTPUTS = 160
-"""Registers of a thread for outputs. Forms of the candidate with more would spill, and are not timed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,19 +75,16 @@ def parse_shape(text: str) -> Shape:
         numbers[key] = int(value)
     shape = Shape(**numbers)
     if (width := shape.rank + shape.rope) > split_decode.MAX_WIDTH:
-        most = f"up to {split_decode.MAX_WIDTH}, which the kernel in use computes"
+        most = f"up to {split_decode.MAX_WIDTH}, which the kernel computes"
         raise UserError(f'--shape "{text}": rank + rope is {width}; allowed: {most}')
     return shape
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------------
 
-Form = Tiles | LatentTiles
-"""Tiles, whose number of splits is chosen later."""
 
-
-def forms_in_use(shape: Shape, limits: Limits) -> list[Form]:
-    """Forms of the kernel in use whose tiles fit into shared memory, those like the rule's first."""
+def forms(shape: Shape, limits: Limits) -> list[Tiles]:
+    """Forms whose tiles fit into shared memory, those like the rule's first. Their number of splits is chosen later."""
     size = 2 * (shape.rank + shape.rope)
     grid = itertools.product((32, 64, 16, 128), (4, 8), (3, 2, 4, 1))
     return [
@@ -103,32 +94,9 @@ def forms_in_use(shape: Shape, limits: Limits) -> list[Form]:
     ]
 
 
-def forms_of_candidate(shape: Shape, limits: Limits) -> list[Form]:
-    """Forms of the candidate that fit into shared memory and registers, the most promising first."""
-    heads, whole = latent_kernel.block_h(shape.heads), latent_kernel.chunk_of(shape.rank, 512)
-    size, queries = 2 * (shape.rank + shape.rope), 2 * heads * (shape.rank + shape.rope)
-    grid = itertools.product(sorted({whole, min(whole, 128)}, reverse=True), (64, 128, 32), (4, 8))
-    found: list[Form] = []
-    for (chunk, n, warps), stages in itertools.product(grid, (2, 3, 4, 1)):
-        outputs = -(-shape.rank // chunk) * chunk * heads / (32 * warps)
-        if stages * n * size + queries > limits.shared or outputs > MOST_OUTPUTS:
-            continue
-        form = LatentTiles(block_n=n, splits=1, chunk=chunk, num_warps=warps, num_stages=stages)
-        if stages > 1:  # with one stage a tile without TMA would be loaded through registers
-            found.append(form)
-        found.append(replace(form, descriptor=True))
-    return found
-
-
-def alternating(*lists: Sequence[Form]) -> Iterator[Form]:
-    """One item of each list in turn, so that a deadline leaves some of each untimed."""
-    for items in itertools.zip_longest(*lists):
-        yield from (item for item in items if item is not None)
-
-
-def splits_for(shape: Shape, form: Form, limits: Limits) -> list[int]:
+def splits_for(shape: Shape, form: Tiles, limits: Limits) -> list[int]:
     """Numbers of splits to time: for each of WAVES, as many as its programs allow, and at most one for each tile."""
-    groups = shape.sequences * -(-shape.heads // latent_kernel.block_h(shape.heads))
+    groups = shape.sequences * -(-shape.heads // split_decode.head_block(shape.heads))
     most = min(MOST_SPLITS, -(-shape.tokens // form.block_n))
     return sorted({max(1, min(most, waves * limits.processors // groups)) for waves in WAVES})
 
@@ -137,32 +105,23 @@ def splits_for(shape: Shape, form: Form, limits: Limits) -> list[int]:
 
 
 class _Call(Checked):
-    """A call of either kernel."""
+    """A call of the kernel."""
 
-    def run(self, tiles: Form, number: int = 0) -> Tensor:
+    def run(self, tiles: Tiles, number: int = 0) -> Tensor:
         """Attention over one of the sets of slots."""
-        keys, values = self.sets[number]
-        if isinstance(tiles, Tiles):
-            return run_tiles(self.queries, keys, values, self.visible, self.case.scale, tiles)
-        rope = keys[1].data if len(keys) > 1 else None
-        seen = (self.visible.column, self.visible.first, self.visible.window, self.visible.exclude_self)
-        return latent_kernel.run(self.queries, keys[0].data, rope, *seen, self.case.scale, tiles)
+        return run_tiles(self.queries, *self.sets[number], self.visible, self.case.scale, tiles)
 
     def rule(self) -> Tiles:
         k, _, v, _ = unpacked(*self.sets[0])
         return split_decode.tiles_for(self.queries, k, v, None)[0]
 
-    def measure(self, table: Table, copy: float, tiles: Form, note: str = "") -> Row:
+    def measure(self, table: Table, copy: float, tiles: Tiles, note: str = "") -> Row:
         """Add a row; see `Checked.add_row`."""
-        kernel = IN_USE if isinstance(tiles, Tiles) else CANDIDATE
-        name, run = f"{kernel}: {name_of(tiles)}{note}", functools.partial(self.run, tiles)
-        row = self.add_row(table, copy, "latent", name, asdict(tiles), run)
-        return row | {"kernel": kernel}
+        name = f"{name_of(tiles)}{note}"
+        return self.add_row(table, copy, "latent", name, asdict(tiles), functools.partial(self.run, tiles))
 
 
-def name_of(tiles: Form) -> str:
-    if isinstance(tiles, LatentTiles):
-        return str(tiles)
+def name_of(tiles: Tiles) -> str:
     return f"N{tiles.block_n} splits{tiles.splits} warps{tiles.num_warps} stages{tiles.num_stages}"
 
 
@@ -173,7 +132,7 @@ def bench_latent(
     seconds: float = 100,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Check and time both kernels, and print the fastest tiles of each, best first.
+    """Check and time the kernel with many tiles, and print the fastest, best first.
 
     The tiles by rule are timed first and last: what is timed first on an idle GPU is slower.
 
@@ -189,10 +148,10 @@ def bench_latent(
     by_rule = call.rule()
     rows = [call.measure(table, copy, by_rule, ", by rule")]
     print_row(rows[0])
-    forms = list(alternating(forms_of_candidate(shape, limits), forms_in_use(shape, limits)))
-    for number, form in enumerate(forms):
+    every = forms(shape, limits)
+    for number, form in enumerate(every):
         if clock() >= end:
-            left = f"{len(forms) - number} of {len(forms)} forms were not timed"
+            left = f"{len(every) - number} of {len(every)} forms were not timed"
             print(f"latent    {left}: {seconds:g} seconds have passed")
             break
         rows.append(_best_splits(call, table, copy, form, splits_for(shape, form, limits)))
@@ -201,7 +160,7 @@ def bench_latent(
     _print_best(rows, call.case.bytes() / copy * 1000)
 
 
-def _best_splits(call: _Call, table: Table, copy: float, form: Form, splits: Sequence[int]) -> Row:
+def _best_splits(call: _Call, table: Table, copy: float, form: Tiles, splits: Sequence[int]) -> Row:
     """The row of the fastest number of splits."""
     rows = []
     for number in splits:
@@ -212,12 +171,9 @@ def _best_splits(call: _Call, table: Table, copy: float, form: Form, splits: Seq
 
 
 def _print_best(rows: Sequence[Row], bound: float) -> None:
-    """Print the fastest rows of each kernel, best first, and the bound."""
+    """Print the fastest rows, best first, and the bound."""
     print(f"latent    best first; reading the slot at the copy's rate: {bound:.4f} ms")
-    shown = set()
-    for kernel in (IN_USE, CANDIDATE):
-        of_kernel = sorted((row for row in rows if row["kernel"] == kernel), key=lambda row: row["ms"])
-        shown |= {row["name"] for row in of_kernel[:PRINTED]}
-    for row in sorted(rows, key=lambda row: row["ms"]):
-        if row["ms"] < math.inf and (row["name"] in shown or "by rule" in row["name"]):
+    ordered = sorted((row for row in rows if row["ms"] < math.inf), key=lambda row: row["ms"])
+    for place, row in enumerate(ordered):
+        if place < PRINTED or "by rule" in row["name"]:
             print_row(row)

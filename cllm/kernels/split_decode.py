@@ -98,7 +98,7 @@ def _token_size(keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[int, 
     return sum(width for width, _ in widths), sum(width * size for width, size in widths)
 
 
-def _block_h(heads: int) -> int:
+def head_block(heads: int) -> int:
     """Query heads of one program, for `heads` that read one KV head: at least 16, for matrix products, at most 64."""
     return min(64, max(16, next_power_of_2(heads)))
 
@@ -138,7 +138,7 @@ def choose_tiles(
             or 8 warps.
     """
     channels, size = row
-    block_h, stages = _block_h(heads), 3
+    block_h, stages = head_block(heads), 3
 
     def shared(block_n: int) -> int:
         """Bytes of tiles in flight, queries, and reductions. Products of 64 rows need one more tile."""
@@ -175,7 +175,7 @@ def tiles_for(
     length, groups = keys[0].shape[1:3]
     heads = n_heads // groups
     return choose_tiles(
-        groups=batch * groups * -(-heads // _block_h(heads)),
+        groups=batch * groups * -(-heads // head_block(heads)),
         heads=heads,
         row=_token_size(keys, values),
         columns=min(length, window or length),
@@ -325,7 +325,7 @@ def _launch(
     if tiles.elementwise:
         triton_decode.split_elementwise[(batch * groups, tiles.splits)](*parts, *rule, **constants)
     else:
-        block_h = _block_h(heads)
+        block_h = head_block(heads)
         turns, turned = _turns(rotation, batch, key_chunks)
         k_types = tuple(_product_type(queries[c.part], keys[c.part], queries[c.part].dtype) for c in key_chunks)
         v_types = tuple(_product_type(queries[0], values[c.part], torch.bfloat16) for c in value_chunks)

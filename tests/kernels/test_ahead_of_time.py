@@ -58,14 +58,12 @@ def test_kernels_compile_and_fit(capability: int) -> None:
         "multiply",
     }
     if capability == 90:
-        names |= {"resident_scores", "project_nodes", "split_latent"}
+        names |= {"resident_scores", "project_nodes"}
     assert {made["name"] for made in kernels} - {"split_elementwise"} == names
     for made in kernels:
         assert made["shared"] <= DEVICES[capability][1], made
         # In fp16, where scores are added to; and with 32,768 chunks (one program for all spills 2,312 bytes).
         more = {"resident_scores": 24, "take_chunks": 32}.get(made["name"], 0)
-        # Both products of the candidate for latents are wgmma, whose operands no register has.
-        assert made["name"] != "split_latent" or (made["wgmma"] > 0 and made["older"] == 0), made
         assert made["spilled"] <= (32 if made["coded"] else SPILLED[version][capability] + more), made
 
 
@@ -109,7 +107,6 @@ def compile_everything(capability: int) -> None:
         coded = any(isinstance(a, torch.Tensor) and a.dtype == torch.float8_e4m3fn for a in flat(arguments))
         made = {"name": self.__name__, "shared": kernel.metadata.shared, "coded": coded}
         ptx = kernel.asm["ptx"]
-        made |= {"wgmma": ptx.count("wgmma.mma_async"), "older": ptx.count("mma.sync") + ptx.count("ldmatrix")}
         print(json.dumps(made | {"spilled": spilled_bytes(ptx, capability)}))
         return kernel
 
@@ -127,7 +124,6 @@ def compile_everything(capability: int) -> None:
     if capability == 90:
         resident_lowrank._is_hopper = lambda device: True  # type: ignore[assignment]
         decode_resident_factors()
-        decode_latents()
     compiled: dict[str, set[Any]] = {}
     JITFunction.run = count_only
     decode_longer_and_longer()
@@ -181,26 +177,6 @@ def decode(*, fp8: bool) -> None:
     latent, rope = drawn(1, 1024, 1, 512), drawn(1, 1024, 1, 64)
     queries = [drawn(1, 16, 512), drawn(1, 16, 64)]
     split_decode.run(queries, [latent, rope], [None] * 2, [latent], [None], column, None, None, False, 0.1)
-
-
-def decode_latents() -> None:
-    """By the candidate kernel of `benchmarks.kernels`: default tiles, two chunks, TMA, many heads, other sizes."""
-    from benchmarks.kernels import latent_kernel
-    from benchmarks.kernels.latent_kernel import LatentTiles
-
-    column, first = torch.tensor([900]), torch.tensor([3, 0])
-    for heads, rank, rope, start, tiles in (
-        (16, 512, 64, None, LatentTiles()),
-        (16, 512, 64, None, LatentTiles(chunk=256)),
-        (16, 512, 64, None, LatentTiles(chunk=128, descriptor=True)),
-        (16, 512, 64, first, LatentTiles(descriptor=True)),
-        (24, 512, 64, None, LatentTiles(num_warps=8)),
-        (12, 384, 32, first, LatentTiles()),
-        (8, 256, 0, None, LatentTiles(num_stages=3)),
-    ):
-        latent, key = drawn(2, 1024, 1, rank), drawn(2, 1024, 1, rope) if rope else None
-        queries = [drawn(2, heads, width) for width in (rank, rope) if width]
-        latent_kernel.run(queries, latent, key, column, start, 800, True, 0.1, tiles)
 
 
 def rotate_keys() -> None:

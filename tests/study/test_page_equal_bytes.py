@@ -13,7 +13,7 @@ import pytest
 from cllm.study.results import read_results
 from cllm.study.schema import load_study
 from cllm.study.summary import Row, Summary, summarise
-from tests.study.page import DOCS, RESULTS, at, copying, row, said, table, text_loss
+from tests.study.page import DOCS, RESULTS, at, copying, flat, row, said, table, text_loss
 
 LONG = RESULTS / "2026-11-27-study-490m-h200"
 FOLDER = RESULTS / "2026-11-28-study-equal-bytes-h200"
@@ -153,6 +153,15 @@ def test_the_sentences_about_a_quarter_of_the_cache(both: Summary) -> None:
         f"At a quarter, on another machine: {round(min(speed.values()) / 1e3)},000 to "
         f"{round(max(speed.values()) / 1e3)},000, and ced {round(ced / 1e3)},000"
     )
+
+
+def test_the_sentence_of_the_readme(both: Summary) -> None:
+    best = [[name_of(found) for found in at_share(both, share)[:4]] for share in ("half", "quarter")]
+    assert best[0] == best[1] == ["fusedkv", "fusedkv_lite", "fusedkv_rich", "svformer"]
+    rows = [found for share in ("half", "quarter") for found in at_share(both, share)[:4]]
+    least = min(row(both, "mha").loss.mean - found.loss.mean for found in rows)
+    readme = flat((DOCS.parent / "README.md").read_text(encoding="utf-8"))
+    assert f"They are at least {least:.3f} nats below mha after 100 M tokens." in readme
 
 
 def test_the_sentences_about_half_of_the_cache(both: Summary, summary: Summary) -> None:

@@ -114,10 +114,11 @@ def check_student(student: ModelConfig, teacher: ModelConfig, *, path: Path, rop
         if not same and key not in _STUDENTS_OWN:
             name, mine, needed = _difference(f"model.{key}", value, expected[key])
             keeps = key == "rope" and value == teacher.model_dump(mode="json")[key]
+            uniform = ", or init.rope_pairs to uniform, which keeps the value" if keeps else ""
             raise UserError(
                 f"{name} is {mine!r}, but the model that init.from names, {path}, needs {needed!r}: set it to that"
-                f"{', or init.rope_pairs to uniform, which keeps the value' if keeps else ''}, or leave it out together "
-                "with d_model, n_layers and n_heads, so that the student takes its shape from there"
+                f"{uniform}, or leave it out together with d_model, n_layers and n_heads, so that the student takes "
+                "its shape from there"
             )
     if student.max_seq_len > teacher.max_seq_len:
         raise UserError(

@@ -85,7 +85,10 @@ def test_an_exported_folder_and_a_run_give_the_weights_they_hold(tiny, tmp_path:
     ("settings", "message"),
     [
         (["--model.d_model", "64"], "model.d_model is 64, but the model that init.from names, .*, needs 32"),
-        (["--model.rope.theta", "5e5"], r"model.rope.theta is 500000.0, but .* needs 10000.0: set it to that, or leave it"),
+        (
+            ["--model.rope.theta", "5e5"],
+            r"model.rope.theta is 500000.0, but .* needs 10000.0: set it to that, or leave it",
+        ),
         (["--model.vocab_size", "512"], "model.vocab_size is 512"),
         (["--model.match_params", "true"], "model.match_params is True"),
         (["--model.max_seq_len", "128"], "model.max_seq_len is 128"),

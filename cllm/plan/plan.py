@@ -163,7 +163,8 @@ class KVPlan:
     def reads_itself(self, i: int) -> bool:
         """Whether layer `i` owns keys and values of its own input and reads those, as they are, and no others."""
         own = self.layers[i].own
-        return own is not None and own.is_ordinary and self.reads(i) == (i,) and not self.reads_at_once(i)
+        stored = not (self.fuses(i) or self.reads_at_once(i))
+        return own is not None and own.is_ordinary and self.reads(i) == (i,) and stored
 
     def source(self, i: int) -> Source:
         """The kind of slot that layer `i` reads. All slots that one layer reads are of one kind."""

@@ -112,15 +112,28 @@ def check_student(student: ModelConfig, teacher: ModelConfig, *, path: Path, rop
         elif key == "d_ff":
             same = student.resolved_d_ff == teacher.resolved_d_ff
         if not same and key not in _STUDENTS_OWN:
+            name, mine, needed = _difference(f"model.{key}", value, expected[key])
+            keeps = key == "rope" and value == teacher.model_dump(mode="json")[key]
+            uniform = ", or init.rope_pairs to uniform, which keeps the value" if keeps else ""
             raise UserError(
-                f"model.{key} is {value!r}, but the model that init.from names, {path}, needs {expected[key]!r}: leave "
-                "it out; the student takes its shape from there"
+                f"{name} is {mine!r}, but the model that init.from names, {path}, needs {needed!r}: set it to that"
+                f"{uniform}, or leave it out together with d_model, n_layers and n_heads, so that the student takes "
+                "its shape from there"
             )
     if student.max_seq_len > teacher.max_seq_len:
         raise UserError(
             f"model.max_seq_len is {student.max_seq_len}; {path} was made for {teacher.max_seq_len} and no more"
         )
     _check_windows(student, teacher, path)
+
+
+def _difference(name: str, mine: Any, needed: Any) -> tuple[str, Any, Any]:
+    """The first key in which two values of `name` differ, with its value in each."""
+    if isinstance(mine, dict) and isinstance(needed, dict):
+        for key in mine:
+            if mine[key] != needed.get(key):
+                return _difference(f"{name}.{key}", mine[key], needed.get(key))
+    return name, mine, needed
 
 
 def _check_windows(student: ModelConfig, teacher: ModelConfig, path: Path) -> None:

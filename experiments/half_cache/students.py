@@ -104,6 +104,10 @@ def _trailing(share: Fraction) -> Plan:
     }
 
 
+def _mixing(share: Fraction) -> Plan:
+    return lambda shape: {"preset": "yoco_pp", "n_owners": shape.slots(share), "n_kv_heads": shape.kv_heads}
+
+
 def _latent(share: Fraction, factor: int) -> Plan:
     return lambda shape: {
         "preset": "xmla",
@@ -126,6 +130,7 @@ KINDS: dict[str, Kind] = {
     "fusedkv_lite": Kind(HALF, _storage("fusedkv_lite", HALF)),
     "acrosskv": Kind(HALF, _acrosskv(HALF)),
     "trailing": Kind(HALF, _trailing(HALF)),
+    "yoco_pp": Kind(HALF, _mixing(HALF)),
     "kv_tie": Kind(HALF, _plain("kv_tie")),
     "gqa": Kind(HALF, _heads(HALF, "gqa"), fewer_heads=True),
     "mla": Kind(HALF, _latent(HALF, 1), latent=True),

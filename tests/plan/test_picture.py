@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.text import Text
+from PIL import Image
 
 from cllm.config import ModelConfig
 from cllm.plan.describe import plan_drawing
@@ -206,3 +208,16 @@ def test_windows_and_slots_are_written_into_the_boxes() -> None:
         inside = {text.get_text() for text in drawn.texts if _meet(drawn.extent(text), box)}
         expected = {str(i)} | ({"8 KV heads"} if i < 20 else set())
         assert inside == expected | ({"last 1024"} if plan.layers[i].window else set())
+
+
+def test_the_page_of_plans_has_pictures_and_bytes_of_every_preset(load_file, monkeypatch, tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    pictures, page = load_file(root / "scripts" / "plan_pictures.py"), (root / "docs" / "plans.md").read_text()
+    assert set(preset_names()) <= set(pictures.designs())
+    assert "](plans.png)" in page
+    table = page[page.index("| preset | layers | resident | read |") :]
+    assert all(f"| `{name}` | " in table for name in preset_names())
+    assert Image.open(root / "docs" / "plans.png").width > 1000
+    monkeypatch.setattr(pictures, "designs", lambda: ["mha", "fusedkv"])
+    assert pictures.main(["--out", str(tmp_path / "two.png")]) == 0
+    assert Image.open(tmp_path / "two.png").getbbox() is not None

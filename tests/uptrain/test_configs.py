@@ -58,13 +58,14 @@ RESIDENT = {
     "mla": 576 / 2048,
     "acrosskv": 1 / 2,
     "kv_tie": 1 / 2,
+    "xmla": 1 / 2,
 }
 """Of the checkpoint's own cache."""
 
 
 def test_families_have_their_plans() -> None:
     large = {"fusedkv", "fusedkv_lite", "cla2", "mla", "yoco"}
-    plans = {"llama": large, "qwen3": large, "smollm2": {"fusedkv", "cla2", "acrosskv", "kv_tie"}}
+    plans = {"llama": large, "qwen3": large, "smollm2": {"fusedkv", "cla2", "acrosskv", "kv_tie", "xmla"}}
     assert {path.stem for path in FILES} == {f"{family}_to_{plan}" for family in FAMILIES for plan in plans[family]}
 
 

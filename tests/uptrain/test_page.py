@@ -54,3 +54,16 @@ def test_one_seed() -> None:
         shown += [f"{student['ar_loss']:.3f}"]
         shown += [f"{c['accuracy']:.1f} ± {c['accuracy_stderr']:.1f}" for c in copied]
         assert cells[2:] == shown, student["student"]
+
+
+def test_kinds_on_a_cpu() -> None:
+    """Every student of the first files, alone or as the mean of its seeds, is a row."""
+    part = TEXT.split("\n### Kinds and recipes, on two CPU cores\n")[1].split("**The loss on attention's outputs.**")[0]
+    first, more = (found(f"{name}-2-cpu.json")["students"] for name in ("2026-11-27-shares", "2026-11-29-shares-kinds"))
+    known = {student["student"] for student in first}
+    assert [s["loss"] for s in more if s["student"] == "fusedkv"] == [
+        s["loss"] for s in first if s["student"] == "fusedkv"
+    ]
+    expected = rows(table([*first, *(student for student in more if student["student"] not in known)]))
+    tables = [row for row in rows(part) if row[0] != "student"]
+    assert sorted(tables) == sorted(row for row in expected if row[0] != "student")

@@ -129,6 +129,17 @@ def test_mixtures_start_as_the_layers_own(tiny_config, make_teacher, new_student
         assert apart(started(new_student, teacher, kv, InitFrom(method=method), text), teacher, ids) < 1e-5
 
 
+@pytest.mark.parametrize("half", ["keys", "values"])
+def test_a_teacher_that_weights_its_own_slot_is_refused(tiny_config, make_teacher, new_student, half, text) -> None:
+    """Its projections without the weights would be others."""
+    layers = [{"layers": 0, "own": {}}, {"layers": "1-3", "own": {}}]
+    layers[0][half] = {"fuse": [0]}
+    teacher = make_teacher(tiny_config(n_layers=4, kv={"layers": layers}))
+    for method in ("copy", "fit"):
+        with pytest.raises(UserError, match=r"init.from: layer 0 of the model to start from does not read keys and"):
+            started(new_student, teacher, {"preset": "cla"}, InitFrom(method=method), text)
+
+
 @pytest.mark.parametrize("shape", [{}, {"qk_norm": True}, {"kv": {"preset": "gqa", "n_kv_heads": 2}}])
 def test_folding_values_changes_no_logit(tiny_config, make_teacher, new_student, ids, text, shape) -> None:
     teacher = make_teacher(tiny_config(n_layers=4, **shape))

@@ -85,7 +85,10 @@ def test_an_exported_folder_and_a_run_give_the_weights_they_hold(tiny, tmp_path:
     ("settings", "message"),
     [
         (["--model.d_model", "64"], "model.d_model is 64, but the model that init.from names, .*, needs 32"),
-        (["--model.rope.theta", "5e5"], "model.rope is"),
+        (
+            ["--model.rope.theta", "5e5"],
+            r"model.rope.theta is 500000.0, but .* needs 10000.0: set it to that, or leave it",
+        ),
         (["--model.vocab_size", "512"], "model.vocab_size is 512"),
         (["--model.match_params", "true"], "model.match_params is True"),
         (["--model.max_seq_len", "128"], "model.max_seq_len is 128"),
@@ -101,6 +104,23 @@ def test_high_frequencies_are_kept_by_another_theta(llama: Path) -> None:
     latent = "{preset: mla, qk_rope_head_dim: 4}"
     assert config_from(llama, "--model.kv", latent).model.rope.theta == 10000.0 ** (4 / 8)
     assert config_from(llama, "--model.kv", latent, "--init.rope_pairs", "uniform").model.rope.theta == 10000.0
+
+
+def test_the_base_of_rope_that_latents_need_is_named_where_the_config_gives_the_shape(llama: Path, tmp_path) -> None:
+    """Such as the config of the teacher's own run."""
+    file, settings = tmp_path / "config.yaml", config_from(llama).as_yaml_data()
+    file.write_text(yaml.safe_dump({"model": settings["model"], "data": settings["data"]}))
+
+    def check(*settings: str) -> None:
+        svd = ["--init.method", "svd", "--model.kv", "{preset: mla, qk_rope_head_dim: 4}", *settings]
+        config = load_config([file], ["--init.from", str(llama), *svd])
+        check_student(config.model, teacher_config(llama), path=llama, rope_pairs=config.init.rope_pairs)
+
+    message = r"model.rope.theta is 10000.0, but .* needs 100.0: set it to that, or init.rope_pairs to uniform, which"
+    with pytest.raises(UserError, match=message):
+        check()
+    check("--model.rope.theta", "100")
+    check("--init.rope_pairs", "uniform")
 
 
 def test_a_resolved_config_is_read_without_its_teacher(llama: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from cllm.data.sampler import StepBatchSampler
 from cllm.data.store import TokenStore
 from cllm.errors import DataError, UserError
 from cllm.kernels.backends.mask import max_documents
+from cllm.signals import STOPPING
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -39,12 +40,14 @@ def check_documents(document_ids: torch.Tensor) -> None:
         )
 
 
-def _outlive_sigterm(worker: int) -> None:
-    """Ignore SIGTERM in a worker: a scheduler sends it to all processes, and the current step still needs batches.
+def _outlive_signals(worker: int) -> None:
+    """Ignore in a worker what asks a run to stop: schedulers and terminals send it to all processes, and the current
+    step still needs batches.
 
     Workers end when the main process does.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (*STOPPING, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class DataModule(LightningDataModule):
@@ -184,7 +187,7 @@ class DataModule(LightningDataModule):
     def _loading(self) -> dict[str, Any]:
         settings: dict[str, Any] = {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
         if self.num_workers:
-            settings |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": _outlive_sigterm}
+            settings |= {"persistent_workers": True, "prefetch_factor": 4, "worker_init_fn": _outlive_signals}
         return settings
 
     def _check_vocabulary(self, vocab_size: int | None) -> None:

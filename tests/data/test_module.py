@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +51,29 @@ def test_workers_do_not_change_the_batches(prepared, num_workers):
     plain = first_batches(make(prepared), 12)
     assert plain[0]["input_ids"].shape == (2, 16)
     assert same(first_batches(make(prepared, num_workers=num_workers), 12), plain)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_workers_outlive_the_signals_that_stop_a_run(prepared, number):
+    """Also workers that inherit no handler, as those of a forkserver."""
+    module = make(prepared, num_workers=1)
+    first_batches(module, 0)
+    loader = module.train_dataloader()
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        signal.signal(number, signal.SIG_DFL)
+        loader.worker_init_fn(0)
+        os.write(writer, b"1")
+        time.sleep(60)
+        os._exit(0)
+    os.read(reader, 1)
+    os.kill(child, number)
+    time.sleep(0.05)
+    assert os.waitpid(child, os.WNOHANG) == (0, 0), "it lives on"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reader)
+    os.close(writer)
 
 
 def test_two_ranks_take_the_steps_of_one(prepared):

@@ -56,6 +56,7 @@ def elsewhere(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_two_processes_write_and_print_what_one_does(evaluate, make_run, capsys) -> None:
     run = make_run("a")[0].path
     words = ["--run", run]
@@ -90,6 +91,7 @@ def command(make_run, tmp_path) -> Callable[..., list[str]]:
     return words
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_part_that_fails_is_named_and_the_rest_goes_on_and_is_not_repeated(
     evaluate, command, capsys, tmp_path, monkeypatch
 ) -> None:
@@ -197,6 +199,7 @@ def test_specs_that_are_refused_by_several_parts_are_in_one_file(evaluate, make_
     assert len(json.loads(found[0])["refused"]) >= 2
 
 
+@pytest.mark.usefixtures("warm_python")
 @pytest.mark.parametrize("more", [(), ("--processes", 2)])
 def test_a_spec_that_is_refused_is_an_error_only_if_no_other_is_left(evaluate, make_run, capsys, tmp_path, more):
     run = make_run("a")[0].path

@@ -62,8 +62,9 @@ def serve(folder: Path) -> None:
     listener.listen(64)
     print("ready", flush=True)
     running: dict[socket.socket, int] = {}
+    left: set[int] = set()  # whose client was killed
     while True:
-        ready, _, _ = select.select([0, listener, *running], [], [], 0.02 if running else None)
+        ready, _, _ = select.select([0, listener, *running], [], [], 0.02 if running or left else None)
         if 0 in ready:
             return
         for source in ready:
@@ -75,8 +76,9 @@ def serve(folder: Path) -> None:
                 for number in numbers or [signal.SIGTERM]:
                     os.kill(running[source], number)
                 if not numbers:
-                    os.waitpid(running.pop(source), 0)
+                    left.add(running.pop(source))
                     source.close()
+        left = {child for child in left if not os.waitpid(child, os.WNOHANG)[0]}
         for connection, child in list(running.items()):
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:

@@ -140,7 +140,7 @@ sys.exit(evaluate.main(sys.argv[2:]))
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_command_that_is_ended_leaves_no_process_and_goes_on_later(
-    evaluate, command, capsys, tmp_path, number
+    evaluate, command, capsys, tmp_path, number, warm_executable, monkeypatch
 ) -> None:
     words = command("copying:distances=6,samples=1", "mqar:pairs=2,length=16,samples=1")
     program, began = tmp_path / "halting.py", tmp_path / "began"
@@ -170,6 +170,7 @@ def test_a_command_that_is_ended_leaves_no_process_and_goes_on_later(
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
     assert not (tmp_path / "out" / "mqar").exists()
+    monkeypatch.setattr(sys, "executable", str(warm_executable))
     assert evaluate(*words) == 0
     assert "1 of 2 measurements were made before" in capsys.readouterr().err
     assert (tmp_path / "out" / "mqar" / "mqar.json").exists()
@@ -184,6 +185,7 @@ def arguments(process: Path) -> str:
         return ""
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_specs_that_are_refused_by_several_parts_are_in_one_file(evaluate, make_run, capsys, tmp_path) -> None:
     run = make_run("a")[0].path
     words = ["--run", run, "--suite", "copying:distances=6,samples=1", "--suite", "copying:distances=8,samples=1"]

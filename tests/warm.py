@@ -153,7 +153,8 @@ if __name__ == "__main__":
     if sys.argv[1] == "client":
         result = client(sys.argv[2], sys.argv[3:])
         if result < 0:
-            signal.signal(-result, signal.SIG_DFL)
+            if result != -signal.SIGKILL:
+                signal.signal(-result, signal.SIG_DFL)
             os.kill(os.getpid(), -result)
         os._exit(result)
     serve(Path(sys.argv[2]))

@@ -64,20 +64,20 @@ def serve(folder: Path) -> None:
     running: dict[socket.socket, int] = {}
     left: set[int] = set()  # whose client was killed
     while True:
-        ready, _, _ = select.select([0, listener, *running], [], [], 0.02 if running or left else None)
-        if 0 in ready:
+        ready, _, _ = select.select([sys.stdin, listener, *running], [], [], 0.02 if running or left else None)
+        if sys.stdin in ready:
             return
-        for source in ready:
-            if source is listener:
-                connection, _ = listener.accept()
-                running[connection] = _fork(connection, listener)
-            else:
-                numbers = source.recv(16)
-                for number in numbers or [signal.SIGTERM]:
-                    os.kill(running[source], number)
-                if not numbers:
-                    left.add(running.pop(source))
-                    source.close()
+        if listener in ready:
+            connection, _ = listener.accept()
+            running[connection] = _fork(connection, listener)
+            continue
+        for connection in [one for one in running if one in ready]:
+            numbers = connection.recv(16)
+            for number in numbers or [signal.SIGTERM]:
+                os.kill(running[connection], number)
+            if not numbers:
+                left.add(running.pop(connection))
+                connection.close()
         left = {child for child in left if not os.waitpid(child, os.WNOHANG)[0]}
         for connection, child in list(running.items()):
             ended, status = os.waitpid(child, os.WNOHANG)

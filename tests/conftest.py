@@ -6,7 +6,9 @@ import gc
 import importlib.util
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,9 @@ import torch
 from cllm.config import ModelConfig
 from cllm.model.decoder import Decoder
 from cllm.plugins import plugins
+from tests.warm import write_executable
+
+ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
 
@@ -91,6 +96,29 @@ def install_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     plugins.cache_clear()
     for module in modules:
         sys.modules.pop(module, None)
+
+
+@pytest.fixture(scope="session")
+def warm_executable() -> Iterator[Path]:
+    """A Python whose processes start with the training stack imported, see `warm.py`."""
+    with tempfile.TemporaryDirectory(prefix="cllm-warm-") as folder:  # a socket's path is short
+        file = write_executable(Path(folder))
+        command = [sys.executable, str(Path(__file__).with_name("warm.py")), "serve", folder]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as server:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready\n"
+            yield file
+            server.communicate()
+
+
+@pytest.fixture
+def warm_python(warm_executable: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`sys.executable`, until the test ends, is `warm_executable`."""
+    monkeypatch.setattr(sys, "executable", str(warm_executable))
+    return warm_executable
 
 
 @pytest.fixture(scope="session")

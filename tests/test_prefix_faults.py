@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -31,34 +33,37 @@ def model(tiny_config, random_model):
     return as_pretrained(random_model(tiny_config(kv={"preset": "mha"}, max_seq_len=128))).eval()
 
 
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch):
-    """`full_disk()`: from now on no file can be longer than 200 bytes."""
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """No file can be longer than 200 bytes, not even the one that pytest prints to."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
 def _greedy(model: Any, cache: KVCache | None = None) -> list[int]:
     return model.generate(IDS, past_key_values=cache, max_new_tokens=5, do_sample=False)[0].tolist()
 
 
-def test_a_full_disk_costs_no_prompt(model, tmp_path, full_disk, caplog) -> None:
+def test_a_full_disk_costs_no_prompt(model, tmp_path, caplog) -> None:
     folder = tmp_path / "prefixes"
     store, expected = cllm.PrefixStore(model, folder, host_bytes=0), _greedy(model)
-    full_disk()
-    cache = store.prefill(IDS, salt="")
-    assert "cannot be written: OSError: [Errno 27]" in caplog.text
-    assert os.listdir(folder) == [".cllm"], "nothing is left half written"
-    ids = IDS[:, :-1]
-    for fails in (
-        lambda: store.put(cache, ids, salt=""),
-        lambda: cllm.save_prefix(tmp_path / "one", cache, model, ids),
-    ):
-        with pytest.raises(UserError, match=r"cannot be written: OSError: \[Errno 27\]"):
-            fails()
+    with full_disk():
+        cache = store.prefill(IDS, salt="")
+        assert "cannot be written: OSError: [Errno 27]" in caplog.text
+        assert os.listdir(folder) == [".cllm"], "nothing is left half written"
+        ids = IDS[:, :-1]
+        for fails in (
+            lambda: store.put(cache, ids, salt=""),
+            lambda: cllm.save_prefix(tmp_path / "one", cache, model, ids),
+        ):
+            with pytest.raises(UserError, match=r"cannot be written: OSError: \[Errno 27\]"):
+                fails()
     assert _greedy(model, cache) == expected
     in_memory = cllm.PrefixStore(model, folder)
     in_memory.prefill(IDS, salt="")

@@ -56,6 +56,7 @@ def elsewhere(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_two_processes_write_and_print_what_one_does(evaluate, make_run, capsys) -> None:
     run = make_run("a")[0].path
     words = ["--run", run]
@@ -90,6 +91,7 @@ def command(make_run, tmp_path) -> Callable[..., list[str]]:
     return words
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_part_that_fails_is_named_and_the_rest_goes_on_and_is_not_repeated(
     evaluate, command, capsys, tmp_path, monkeypatch
 ) -> None:
@@ -138,7 +140,7 @@ sys.exit(evaluate.main(sys.argv[2:]))
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_command_that_is_ended_leaves_no_process_and_goes_on_later(
-    evaluate, command, capsys, tmp_path, number
+    evaluate, command, capsys, tmp_path, number, warm_executable, monkeypatch
 ) -> None:
     words = command("copying:distances=6,samples=1", "mqar:pairs=2,length=16,samples=1")
     program, began = tmp_path / "halting.py", tmp_path / "began"
@@ -168,6 +170,7 @@ def test_a_command_that_is_ended_leaves_no_process_and_goes_on_later(
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
     assert not (tmp_path / "out" / "mqar").exists()
+    monkeypatch.setattr(sys, "executable", str(warm_executable))
     assert evaluate(*words) == 0
     assert "1 of 2 measurements were made before" in capsys.readouterr().err
     assert (tmp_path / "out" / "mqar" / "mqar.json").exists()
@@ -182,6 +185,7 @@ def arguments(process: Path) -> str:
         return ""
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_specs_that_are_refused_by_several_parts_are_in_one_file(evaluate, make_run, capsys, tmp_path) -> None:
     run = make_run("a")[0].path
     words = ["--run", run, "--suite", "copying:distances=6,samples=1", "--suite", "copying:distances=8,samples=1"]
@@ -197,6 +201,7 @@ def test_specs_that_are_refused_by_several_parts_are_in_one_file(evaluate, make_
     assert len(json.loads(found[0])["refused"]) >= 2
 
 
+@pytest.mark.usefixtures("warm_python")
 @pytest.mark.parametrize("more", [(), ("--processes", 2)])
 def test_a_spec_that_is_refused_is_an_error_only_if_no_other_is_left(evaluate, make_run, capsys, tmp_path, more):
     run = make_run("a")[0].path

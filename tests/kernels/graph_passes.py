@@ -12,16 +12,23 @@ from torch.fx import Graph, Node
 from cllm.kernels.graph_pass import GraphPass
 
 
-class Counting(CustomGraphPass):
-    """A pass that also keeps what `count` says of each graph after it, in `found`."""
+class Counted(Exception):
+    """Ends a compilation once its graph has been counted."""
 
-    def __init__(self, inner: GraphPass, count: Callable[[Graph], Any]):
-        self.inner, self.count = inner, count
+
+class Counting(CustomGraphPass):
+    """A pass that also keeps what `count` says of each graph after it, in `found`. With `only` it raises `Counted`
+    then, so that no code is written."""
+
+    def __init__(self, inner: GraphPass, count: Callable[[Graph], Any], *, only: bool = False):
+        self.inner, self.count, self.only = inner, count, only
         self.found: list[Any] = []
 
     def __call__(self, graph: Graph) -> None:
         self.inner(graph)
         self.found.append(self.count(graph))
+        if self.only:
+            raise Counted
 
     def uuid(self) -> None:
         """None, so that no graph comes from the compiler's cache, where the pass is not called."""

@@ -363,8 +363,9 @@ def test_tied_tiles_are_for_tied_slots():
     assert isinstance(split_decode.best_tiles(queries, *four_heads, None, rotation_of([key])), Tiles)
 
 
-def all_tiles(case: Case, dtype: torch.dtype) -> list[Tiles | TiedTiles]:
-    """Tiles of every form of the kernel that computes a case, with empty, full and partial splits."""
+def all_tiles(case: Case, dtype: torch.dtype, turn: int) -> list[Tiles | TiedTiles]:
+    """Tiles of every form of the kernel that computes a case, with empty, full and partial splits. Of the forms for
+    tied slots in fp32 there are two, by `turn`."""
     each = (1, 3) if dtype == torch.float32 else (3,)
     forms = (False, True) if case.h == case.g and not case.rope else (False,)
     tiles: list[Tiles | TiedTiles] = [
@@ -376,15 +377,15 @@ def all_tiles(case: Case, dtype: torch.dtype) -> list[Tiles | TiedTiles]:
         tied = TiedTiles(splits=3, num_warps=1, parts=2)
         if dtype != torch.float32:
             return [*tiles, tied]
-        tiles += [replace(tied, splits=splits, parts=parts) for splits, parts in ((1, 1), (3, 4))]
-        tiles += [replace(tied, parts=3), replace(tied, splits=1, parts=8)]
+        splits_and_parts = ((1, 1), (3, 4), (3, 3), (1, 8))
+        tiles += [replace(tied, splits=n, parts=parts) for n, parts in splits_and_parts[turn % 2 :: 2]]
     return tiles
 
 
 def interpreted() -> None:
     """Every case, by every kernel that computes it."""
     assert split_decode.triton_decode.INTERPRETED
-    for case in CASES:
+    for turn, case in enumerate(CASES):
         if len(case.d) == 3:
             continue  # three parts add nothing to two parts with chunks
         for dtype in (torch.float32, torch.float16):
@@ -395,7 +396,7 @@ def interpreted() -> None:
             k, v = ([x.data for x in part] for part in (keys, values))
             k_scales, v_scales = ([x.scale for x in part] for part in (keys, values))
             rule = (visible.column, visible.first, visible.window, visible.exclude_self, SCALE)
-            for tiles in all_tiles(case, dtype):
+            for tiles in all_tiles(case, dtype, turn):
                 out = split_decode.run(queries, k, k_scales, v, v_scales, *rule, tiles, rotation=rotation)
                 try:
                     assert_close(out.split(list(case.e), dim=-1), wanted, dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.nn import functional as F
 
 from cllm.kernels import few_rows
@@ -44,14 +45,14 @@ class Block(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def counting_few_rows() -> Counting:
+def counting_few_rows(*, only: bool = False) -> Counting:
     """Counts the weights of each call, and the products that are left."""
 
     def count(graph):
         merged = [len(n.args[1]) for n in calls(graph, torch.ops.cllm.few_rows.default)]
         return merged, len(calls(graph, torch.ops.aten.mm.default))
 
-    return Counting(FewRows(("cpu",)), count)
+    return Counting(FewRows(("cpu",)), count, only=only)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +60,6 @@ def counting_few_rows() -> Counting:
     [
         (4, torch.bfloat16, [3, 1, 2, 1], 0),
         (16, torch.float16, [3, 1, 2, 1], 0),
-        (17, torch.bfloat16, [], 7),
-        (4, torch.float32, [], 7),
     ],
 )
 def test_products_of_one_input_become_one_call(rows, dtype, merged, left):
@@ -73,10 +72,19 @@ def test_products_of_one_input_become_one_call(rows, dtype, merged, left):
     assert (found - wanted).norm() <= 1e-2 * wanted.norm()
 
 
+@pytest.mark.parametrize(("rows", "dtype"), [(17, torch.bfloat16), (4, torch.float32)])
+def test_more_rows_and_fp32_are_left_to_the_compiler(rows, dtype):
+    counting = counting_few_rows(only=True)
+    with torch.inference_mode(), pytest.raises(BackendCompilerFailed, match="Counted"):
+        compiled(Block(dtype), counting)(torch.randn(rows, 1, 32).to(dtype))
+    assert counting.found == [([], 7)]
+
+
 def test_a_weight_that_is_computed_is_left_to_the_compiler():
-    counting = counting_few_rows()
+    counting = counting_few_rows(only=True)
     weight, x = torch.randn(16, 32).bfloat16(), torch.randn(4, 32).bfloat16()
-    compiled(lambda x, w: x @ (2 * w).T, counting)(x, weight)
+    with pytest.raises(BackendCompilerFailed, match="Counted"):
+        compiled(lambda x, w: x @ (2 * w).T, counting)(x, weight)
     assert counting.found == [([], 1)]
 
 

@@ -76,6 +76,7 @@ def test_out_of_time_it_says_so_and_the_same_command_goes_on(tradeoff, capfd):
     assert "stopped: mha is not finished; the same command goes on" in capfd.readouterr().err
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_signal_goes_on_to_train_py_which_saves(tradeoff, tmp_path, capfd):
     folder = RunFolder(tmp_path / "out" / "mha")
 

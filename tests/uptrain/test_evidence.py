@@ -6,7 +6,9 @@ import dataclasses
 import json
 import random
 import shutil
+import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,14 @@ from experiments.uptraining.__main__ import main
 from experiments.uptraining.setup import Student, agenda
 
 WORDS = "the plan says where keys and values come from and every layer reads what an owner wrote"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_students(warm_executable: Path) -> Iterator[None]:
+    """Students' processes start with the training stack imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", str(warm_executable))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ def test_commands_lose_nothing_when_they_are_killed_and_interrupted(tmp_path: Pa
         "-m",
         "tests.chaos",
         "--disturbances",
-        "12",
+        "24",
         "--seed",
         "3",
         "--work",
@@ -28,5 +28,5 @@ def test_commands_lose_nothing_when_they_are_killed_and_interrupted(tmp_path: Pa
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines()[1:6]]
     assert [row[0] for row in rows] == ["prepare", "train", "evaluate", "export", "sweep"]
-    assert sum(int(row[2]) for row in rows) >= 12, "disturbances that ended a command"
+    assert sum(int(row[2]) for row in rows) >= 24, "disturbances that ended a command"
     assert {row[3] for row in rows} == {"0"}, "faults"

@@ -58,11 +58,12 @@ def test_workers_outlive_the_signals_that_stop_a_run(prepared, number):
     """Also workers that inherit no handler, as those of a forkserver."""
     module = make(prepared, num_workers=1)
     first_batches(module, 0)
-    loader = module.train_dataloader()
+    initialise = module.train_dataloader().worker_init_fn
+    assert initialise is not None
     reader, writer = os.pipe()
     if not (child := os.fork()):
         signal.signal(number, signal.SIG_DFL)
-        loader.worker_init_fn(0)
+        initialise(0)
         os.write(writer, b"1")
         time.sleep(60)
         os._exit(0)

@@ -111,6 +111,8 @@ def test_the_sentences(summary: Summary) -> None:
     for name in ("fusedkv", "fusedkv_lite", "mla", "gqa", "yoco"):
         assert rows[name].crossing is not None
         assert rows[name].crossing.tokens is None
+    assert max(loss["yoco"][1], loss["cla-2"][1]) < loss["mha"][1]
+    said(f"With seed 1 yoco is {loss['yoco'][1] - loss['cla-2'][1]:.3f} above cla-2")
     percent = 100 * math.expm1(rows["cla-2"].difference.pairs.mean)
     said(f"| {percent:.1f} %: not reproduced at this scale |")
     copied = {name: f"{copying(found)[0]['accuracy']:.0f} %" for name, found in rows.items()}

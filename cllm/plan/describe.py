@@ -56,7 +56,8 @@ def plan_table(plan: KVPlan) -> str:
 def plan_drawing(plan: KVPlan) -> str:
     """A row for each layer, a column for each owner, and in it what the layer reads of the owner's slot.
 
-    Below are the second slots of layers, which have no column, and the slots that are mixed into others.
+    Rows of a loop end with the turn. Below are the slots that are mixed into others, the layers whose output others
+    project, and the second slots of layers, which have no column.
     """
     owners, width = plan.owners, len(str(len(plan) - 1))
     digits = len(str(owners[-1]))
@@ -69,11 +70,14 @@ def plan_drawing(plan: KVPlan) -> str:
                 cells.append("O" if k and v else "k" if k else "v" if v else "o")
             else:
                 cells.append("B" if k and v else "K" if k else "V" if v else ".")
-        lines.append(f"layer {str(i).rjust(width)} " + " ".join(cells))
+        turn = "" if plan.loop is None else plan.loop.turn(i)
+        lines.append(f"layer {str(i).rjust(width)} " + " ".join(cells) + (f"  {turn}" if turn else ""))
     lines.append(
         "O owns and reads, k or v reads only that half of its own, o owns only, B reads keys and values, K keys, "
         "V values; columns are the cached slots"
     )
+    if plan.loop is not None:
+        lines.append(f"all turns have the weights of {plan.loop.weights}")
     mixing: dict[tuple[int, ...], list[int]] = {}
     for i in owners:
         if mixed := tuple(sorted(plan.mixes(i))):
@@ -82,6 +86,10 @@ def plan_drawing(plan: KVPlan) -> str:
         who, mix, own = ("layers", "mix", "their own") if len(layers) > 1 else ("layer", "mixes", "its own")
         slot = "slot" if len(mixed) == 1 else "slots"
         lines.append(f"{who} {ranges(layers)} {mix} {slot} {ranges(mixed)} into {own}")
+    for n in sorted(plan.inputs):
+        layers = [i for i in owners if plan.owned(i).input == n]
+        who, project, slots = ("layers", "project", "slots") if len(layers) > 1 else ("layer", "projects", "slot")
+        lines.append(f"{who} {ranges(layers)} {project} the output of layer {n} into the cached {slots}")
     if second := [i for i, layer in enumerate(plan.layers) if layer.local is not None]:
         who, own, they, read = (
             ("layers", "own", "they", "read") if len(second) > 1 else ("layer", "owns", "it", "reads")

@@ -39,13 +39,22 @@ class Loop:
         return self.first + self.count * self.times - 1
 
     @property
+    def weights(self) -> str:
+        """The layers whose weights all turns have, such as `layers 0-1`."""
+        first = range(self.first, self.first + self.count)
+        return f"layer{'s' if len(first) > 1 else ''} {ranges(first)}"
+
+    @property
     def text(self) -> str:
         """In a table of the plan."""
-        turns = range(self.first, self.last + 1)
-        later, first = turns[self.count :], turns[: self.count]
+        later = range(self.first + self.count, self.last + 1)
         have = f"layers {ranges(later)} have" if len(later) > 1 else f"layer {later[0]} has"
-        theirs = f"layers {ranges(first)}" if len(first) > 1 else f"layer {first[0]}"
-        return f"{have} the weights of {theirs}: a loop of {self.times} turns"
+        return f"{have} the weights of {self.weights}: a loop of {self.times} turns"
+
+    def turn(self, layer: int) -> str:
+        """The turn that `layer` belongs to, such as `turn 1 of 3`; empty outside of the loop."""
+        inside = self.first <= layer <= self.last
+        return f"turn {(layer - self.first) // self.count + 1} of {self.times}" if inside else ""
 
     def settings(self) -> dict[str, Any]:
         """The settings in YAML; the inverse of `LoopConfig.plan`."""

@@ -27,6 +27,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "yoco": [{"window": 512}, {"lower": "retention"}],
     "trailing": [{"window": 1024, "full_every": 2, "n_shared": 4}],
     "cla": [{"factor": 3, "keep_ends": True}],
+    "swiftkv": [{"group": 2}, {"group": 3, "n_lower": 10}],
+    "yoco_u": [{"window": 512, "times": 2}],
 }
 CROSSED = {  # owners that read each other, several rails a side, keys and values from different layers
     "layers": [
@@ -50,6 +52,24 @@ EVERYTHING = {  # mixes, halves, ties, reads of several slots, windows in their 
         {"layers": 6, "keys": {"share": 5}, "values": {"fuse": [0, 1], "granularity": "matrix"}, "window": 6},
         {"layers": 7, "own": {"mix": [1, 0]}, "window": 5},
     ]
+}
+
+INPUTS = {  # outputs of several layers are projected, by layers that read and are read, on rails beside those of keys
+    "layers": [
+        {"layers": 0, "own": {"tie": "kv"}},
+        {"layers": 1, "own": {"mix": [0], "input": 0}, "keys": {"fuse": [0, 1]}, "values": {"fuse": [1]}},
+        {"layers": 2, "own": {"input": 1}, "keys": {"fuse": [0, 1, 2]}, "values": {"fuse": [1, 2]}},
+        {"layers": 3, "own": {"input": 2}, "keys": {"fuse": [2, 3]}},
+        {"layers": 4, "own": {"input": 1}, "keys": {"fuse": [2, 3, 4]}, "values": {"share": 3}},
+        {"layers": "5-8", "keys": {"fuse": [4, 0]}, "values": {"fuse": [0, 4]}},
+        {"layers": 9, "own": {"input": 2}},
+    ],
+    "loop": {"layers": "5-6", "times": 2},
+}
+LOOPED = {"layers": [{"layers": "0-1", "own": {}}, {"layers": "2-7", "own": {"input": 1}}]}
+LOOPS: dict[str, dict[str, Any]] = {
+    "loop": LOOPED | {"loop": {"layers": "2-3", "times": 3}},
+    "loop of one": LOOPED | {"loop": {"layers": 2, "times": 5}},
 }
 
 
@@ -97,6 +117,8 @@ CASES = [
     *((name, 48, {"preset": name, **more}) for name, several in OPTIONS.items() for more in several),
     ("crossed", 8, CROSSED),
     ("everything", 8, EVERYTHING),
+    ("inputs", 10, INPUTS),
+    *((name, 8, kv) for name, kv in LOOPS.items()),
 ]
 TITLE = "a run with quite a long name, which states its size, its data, its seed and more"
 
@@ -129,6 +151,9 @@ def test_nothing_covers_what_it_does_not_belong_to(picture) -> None:
         for layer, box in drawn.boxes.items():
             touches = name.split()[-1] == layer.removeprefix("layer ") and not name.startswith("rail")
             assert touches or not box.overlaps(line), f"{name} crosses {layer}"
+            if name.startswith("output of") and name.count(" ") == 2:
+                assert not box.overlaps(line) or line.y0 > box.y1 - 2, f"{name} is not along the top of {layer}"
+                continue
             inside = min(line.x1, box.x1) - max(line.x0, box.x0)
             assert inside < 4 or not box.overlaps(line), f"{name} goes into {layer}"
 
@@ -143,6 +168,10 @@ def test_every_read_of_another_layer_has_a_dot_on_its_rail_and_an_arrow(picture)
             if taken:
                 expected |= {f"{half} of {j} into {i}" for j in taken if j != i or users != {i}}
                 readers.add(f"{half} into {i}")
+    for i in plan.owners:
+        if (below := plan.owned(i).input) is not None:
+            expected.add(f"output of {below} into {i}")
+            readers.add(f"output into {i}")
     dots = {name: box for name, box in drawn.lines.items() if re.fullmatch(r"\w+ of \d+ into \d+", name)}
     assert set(dots) == expected
     assert drawn.arrows == readers
@@ -156,12 +185,16 @@ def test_every_read_of_another_layer_has_a_dot_on_its_rail_and_an_arrow(picture)
         assert dot.overlaps(arrow)
         assert stub.overlaps(rail)
         assert _near(arrow, target, half)
-        assert _near(stub, source, half)
+        if half == "output":
+            assert source.y1 - 2 < stub.y0 <= stub.y1 < source.y1 + 4, f"{name} does not begin at the top of its layer"
+            assert stub.x0 < source.x0 < source.x1 < stub.x1 + 2
+        else:
+            assert _near(stub, source, half)
 
 
 def _near(line: Box, box: Box, half: str) -> bool:
     """Whether `line` ends at the side of `box` for `half`, at its height."""
-    ends = abs(line.x1 - box.x0) if half == "keys" else abs(line.x0 - box.x1)
+    ends = abs(line.x0 - box.x1) if half == "values" else abs(line.x1 - box.x0)
     return ends < 4 and box.y0 < (line.y0 + line.y1) / 2 < box.y1
 
 
@@ -173,6 +206,50 @@ def test_layers_that_see_windows_alone_are_dashed_and_slots_with_learned_weights
     dots = {name: dot for name, dot in drawn.items() if re.fullmatch(r"keys of \d+ into \d+", name)}
     hollow = {name for name, dot in dots.items() if dot.get_markerfacecolor() == "white"}
     assert hollow == {"keys of 0 into 1", "keys of 1 into 1", "keys of 0 into 7", "keys of 1 into 7"}
+
+
+def test_every_turn_of_a_loop_has_a_bracket_beside_its_layers(picture) -> None:
+    plan, drawn = picture
+    brackets = {name: box for name, box in drawn.lines.items() if name.startswith("turn")}
+    loop = plan.loop
+    assert list(brackets) == ([] if loop is None else [f"turn {n + 1} of {loop.times}" for n in range(loop.times)])
+    right = max(box.x1 for name, box in {**drawn.boxes, **drawn.lines}.items() if name not in brackets)
+    for n, (turn, bracket) in enumerate(brackets.items()):
+        inside = [i for i in range(len(plan)) if bracket.y0 - 2 < drawn.boxes[f"layer {i}"].y0 < bracket.y1]
+        assert inside == list(range(loop.first + n * loop.count, loop.first + (n + 1) * loop.count))
+        assert bracket.y1 + 2 > drawn.boxes[f"layer {inside[-1]}"].y1
+        assert bracket.x0 > right
+        (text,) = (drawn.extent(text) for text in drawn.texts if text.get_text() == turn)
+        assert bracket.y0 < (text.y0 + text.y1) / 2 < bracket.y1
+
+
+def _legend_of(kv: dict[str, Any], n_layers: int = 8) -> set[str]:
+    figure = plan_figure(_plan(kv, n_layers), "x")
+    return {text.get_text() for text in figure.legends[0].get_texts()}
+
+
+def test_the_legend_names_projected_outputs_and_loops_where_there_are_some() -> None:
+    projected, turn = "projected from the output of a lower layer", "turn of a loop: "
+    assert projected in _legend_of({"preset": "swiftkv"})
+    assert projected in _legend_of({"preset": "ced"})
+    assert f"{turn}layers 0-1 x 3, with the same weights" in _legend_of({"preset": "yoco_u"})
+    assert {projected, f"{turn}layer 2 x 5, with the same weights"} <= _legend_of(LOOPS["loop of one"])
+    assert not [label for label in _legend_of({"preset": "yoco"}) if label == projected or label.startswith(turn)]
+
+
+def test_the_drawing_in_characters_names_projected_outputs_and_turns() -> None:
+    lines = plan_drawing(_plan(LOOPS["loop"], 8)).splitlines()
+    assert lines[2] == "layer 1 . O . . . . . ."
+    assert lines[3] == "layer 2 . . O . . . . .  turn 1 of 3"
+    assert lines[8] == "layer 7 . . . . . . . O  turn 3 of 3"
+    assert lines[10:] == [
+        "all turns have the weights of layers 2-3",
+        "layers 2-7 project the output of layer 1 into the cached slots",
+    ]
+    several = plan_drawing(_plan(INPUTS, 10)).splitlines()
+    assert "layer 1 projects the output of layer 0 into the cached slot" in several
+    assert "layers 2, 4 project the output of layer 1 into the cached slots" in several
+    assert "all turns have the weights of layer 2" in plan_drawing(_plan(LOOPS["loop of one"], 8)).splitlines()
 
 
 def test_the_drawing_in_characters() -> None:
@@ -188,7 +265,11 @@ def test_the_drawing_in_characters() -> None:
         "layer 7 . . . . . O",
     ]
     assert lines[0].split() == ["0", "1", "2", "3", "5", "7"]
-    assert lines[10:] == ["layer 1 mixes slot 0 into its own", "layer 7 mixes slots 0-1 into its own"]
+    assert lines[10:] == [
+        "layer 1 mixes slot 0 into its own",
+        "layer 7 mixes slots 0-1 into its own",
+        "layer 1 projects the output of layer 0 into the cached slot",
+    ]
     assert "layers 1-3 mix slot 0 into their own" in plan_drawing(_plan({"preset": "yoco_pp"}, 8))
 
 

@@ -15,6 +15,31 @@ def owns_text(plan: KVPlan, i: int) -> str:
     return " + ".join(own.text for own in (layer.own, layer.local) if own is not None)
 
 
+def origin_text(plan: KVPlan, i: int) -> str:
+    """Where the keys and values of layer `i` come from, in messages: a clause whose subject is the layer."""
+    layer = plan.layers[i]
+    slots = [own for own in (layer.own, layer.local) if own is not None]
+    owned = [f"a {own.noun}" if own.text == own.noun else f"a {own.noun} ({own.text})" for own in slots]
+    return f"owns {' and '.join(owned) or 'nothing'}{_reads_text(plan, i)}"
+
+
+def _reads_text(plan: KVPlan, i: int) -> str:
+    """What layer `i` reads, as the end of a clause; empty if it reads its own slot as it is stored."""
+    keys, values = plan.keys(i), plan.values(i)
+    if plan.reads_at_once(i):
+        return f" and reads several slots at once, {keys.text(i)}"
+    reads = {"keys and values": keys} if keys == values else {"keys": keys, "values": values}
+    parts = []
+    for half, read in reads.items():
+        if not read.is_stored:
+            parts.append(f"{half} by {read.text(i)}")
+        elif read.layers != (i,):
+            parts.append(f"{half} of layer {read.layers[0]}")
+        elif len(reads) > 1:
+            parts.append(f"{half} of its own")
+    return f" and reads {' and '.join(parts)}" if parts else ""
+
+
 def sees_text(plan: KVPlan, i: int) -> str:
     """The tokens that a query of layer `i` sees, of each slot that it reads by a mask of its own."""
     windows = (window for _, window in plan.attended(i))

@@ -22,8 +22,15 @@ from cllm.model.context import Context
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import model_d_ff
 from cllm.model.sources import OwnKV
+from cllm.plan.describe import origin_text
 from cllm.plan.plan import KVPlan, LayerPlan
 from cllm.uptrain.loss import DistilledHead
+
+OWN_KV = (
+    "every layer projects keys and values separately, both from its own input, and reads these alone and as they are "
+    "(such as mha, gqa, mqa)"
+)
+"""The models whose projections become those of other plans, in messages: `KVPlan.reads_itself` for every layer."""
 
 
 class TracedDecoder(Decoder):
@@ -92,11 +99,10 @@ def _check_routable(plan: KVPlan) -> None:
     for i, layer in enumerate(layers):
         wrong = None if _kind(layer) == _kind(layers[0]) else "differs from layer 0"
         if not plan.reads_itself(i):
-            wrong = "does not read keys and values that it projects from its own input, each by itself"
+            wrong = origin_text(plan, i)
         if wrong:
             raise UserError(
-                f"uptrain.random_sources: layer {i} {wrong}; allowed: plans in which every layer owns and all are "
-                "alike (mha, gqa, mqa)"
+                f"uptrain.random_sources: layer {i} {wrong}; allowed: plans in which {OWN_KV}, and all layers are alike"
             )
 
 

@@ -19,8 +19,9 @@ from cllm.model.attention import Attention
 from cllm.model.decoder import Decoder
 from cllm.model.initial import draw_weights
 from cllm.model.sources import OwnKV, Part
+from cllm.plan.describe import origin_text
 from cllm.plan.plan import KVPlan, Source
-from cllm.uptrain.decoder import attention_of, block_of, owner_of
+from cllm.uptrain.decoder import OWN_KV, attention_of, block_of, owner_of
 from cllm.uptrain.heads import heads_of, set_heads
 
 PARTS: tuple[Part, Part] = ("k", "v")
@@ -38,15 +39,16 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
     """Refuse a student's plan whose projections cannot be computed from the teacher's.
 
     Raises:
-        UserError: naming a layer of the teacher that does not own the K/V that it reads, or a layer of the student with
-            a recurrent state, with heads of another size, or with a number of KV heads that does not divide the
-            teacher's.
+        UserError: naming a layer of the teacher that reads anything but two projections of its own input, or a layer of
+            the student with a recurrent state, with heads of another size, or with a number of KV heads that does not
+            divide the teacher's.
     """
     for i in range(len(teacher)):
         if not teacher.reads_itself(i):
+            where, other = _where(student, teacher)
             raise UserError(
-                f"init.from: layer {i} of the model to start from does not read keys and values of its own; allowed "
-                "for a plan other than its own: models in which every layer does (mha, gqa, mqa)"
+                f"init.from: layer {i} of the model to start from {origin_text(teacher, i)}; allowed {where}: models "
+                f"in which {OWN_KV}{other}"
             )
     for i in range(len(student)):
         own, source = teacher.owned(i), student.source(i)
@@ -72,6 +74,15 @@ def check_plans(student: KVPlan, teacher: KVPlan) -> None:
             raise UserError(
                 f"model.kv: layer {i} has no kv_norm, but that of the model that init.from names has; set kv_norm: true"
             )
+
+
+def _where(student: KVPlan, teacher: KVPlan) -> tuple[str, str]:
+    """Where a model is needed whose layers all have keys and values of their own, and another way, for a message."""
+    if student == teacher:
+        other = "; or init.heads mean and uptrain.curriculum_steps 0"
+        return "with init.heads merge or uptrain.curriculum_steps", other
+    other = "" if teacher.loop is not None else "; or that model's plan in model.kv"  # `check_no_loop` refuses loops
+    return "for a plan other than its own", other
 
 
 def check_bases(student: ModelConfig, teacher: ModelConfig) -> None:

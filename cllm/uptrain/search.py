@@ -33,11 +33,12 @@ from cllm.config.load import config_parser
 from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
+from cllm.plan.describe import origin_text
 from cllm.plan.explicit import Explicit, plan_entries
 from cllm.plan.plan import Fuse, KVPlan, LayerPlan, Share
 from cllm.uptrain.calibrate import Batches, inputs_of, observe
 from cllm.uptrain.complete import load_config
-from cllm.uptrain.decoder import TracedDecoder, build_traced, owner_of
+from cllm.uptrain.decoder import OWN_KV, TracedDecoder, build_traced, owner_of
 from cllm.uptrain.heads import to_pairs
 from cllm.uptrain.init import init_student
 from cllm.uptrain.project import check_no_loop
@@ -150,7 +151,7 @@ def check_owning(plan: KVPlan) -> None:
     """Raises `UserError` unless every layer owns keys and values of one shape and reads itself."""
     for i in range(len(plan)):
         if not plan.reads_itself(i):
-            raise UserError(f"init.from: layer {i} does not read keys and values of its own; allowed: mha, gqa, mqa")
+            raise UserError(f"init.from: layer {i} {origin_text(plan, i)}; allowed: models in which {OWN_KV}")
         own, first = plan.owned(i), plan.owned(0)
         if (own.kv_heads, own.head_dim) != (first.kv_heads, first.head_dim):
             raise UserError(

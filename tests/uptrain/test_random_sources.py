@@ -136,8 +136,8 @@ def test_sources_to_draw_from_need_a_draw(tiny: Callable[..., Config]) -> None:
 @pytest.mark.parametrize(
     ("kv", "message"),
     [
-        ({"preset": "kv_tie"}, "layer 0 does not read keys and values that it projects from its own input"),
-        ({"preset": "svformer"}, "layer 1 does not read keys and values that it projects from its own input"),
+        ({"preset": "kv_tie"}, r"layer 0 owns a slot of keys and values \(\d KV heads?, K = V\)"),
+        ({"preset": "svformer"}, r"layer 1 owns a slot of keys \(.*\) and reads keys of its own and values of layer 0"),
         ({"preset": "mha", "window": 4, "full_every": 2}, "layer 1 differs from layer 0"),
     ],
 )

@@ -13,13 +13,14 @@ from cllm.config.uptraining import InitFrom
 from cllm.errors import UserError
 from cllm.model.value_folds import ValueSums, orthogonal_factor
 from cllm.uptrain.calibrate import observe
-from cllm.uptrain.decoder import TracedDecoder, attention_of, block_of, owner_of
+from cllm.uptrain.decoder import OWN_KV, TracedDecoder, attention_of, block_of, owner_of
 from cllm.uptrain.fold import _principal, alignment_of, fold_values
 from cllm.uptrain.heads import align_owner, align_reader, heads_of, set_heads
 from cllm.uptrain.init import init_student
 from cllm.uptrain.outputs import refit_outputs
 from cllm.uptrain.owners import tied_projection
-from cllm.uptrain.project import teacher_owners
+from cllm.uptrain.project import check_plans, teacher_owners
+from cllm.uptrain.search import Sharing
 
 EXACT = InitFrom(method="fit", ridge=0.0)
 
@@ -136,8 +137,62 @@ def test_a_teacher_that_weights_its_own_slot_is_refused(tiny_config, make_teache
     layers[0][half] = {"fuse": [0]}
     teacher = make_teacher(tiny_config(n_layers=4, kv={"layers": layers}))
     for method in ("copy", "fit"):
-        with pytest.raises(UserError, match=r"init.from: layer 0 of the model to start from does not read keys and"):
+        with pytest.raises(UserError, match=rf"init.from: layer 0 of the model to start from .* {half} by fuse 0"):
             started(new_student, teacher, {"preset": "cla"}, InitFrom(method=method), text)
+
+
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+BOTH = {"layers": [{"layers": 0, "own": {}}, {"layers": "1-3", "read": {"join": [0, {"own": {"window": 4}}]}}]}
+HAVE: list[tuple[dict[str, Any], int, str]] = [
+    ({"layers": [{"layers": "0-3", "latent": LATENT}]}, 0, "owns a latent (latent 16 + 4)"),
+    ({"preset": "kv_tie"}, 0, "owns a slot of keys and values (4 KV heads, K = V)"),
+    (
+        {"preset": "svformer"}, 1,
+        "owns a slot of keys (4 KV heads, only keys) and reads keys of its own and values of layer 0",
+    ),
+    ({"preset": "yoco_pp", "n_owners": 3}, 1, "owns a slot of keys and values (4 KV heads, mix 0)"),
+    ({"preset": "swiftkv"}, 2, "owns a slot of keys and values (4 KV heads, input 1)"),
+    ({"preset": "yoco", "lower": "retention"}, 0, "owns a recurrent state"),
+    ({"preset": "cla", "n_kv_heads": 2}, 1, "owns nothing and reads keys and values of layer 0"),
+    ({"preset": "fusedkv_lite"}, 2, "owns nothing and reads keys of layer 1 and values of layer 0"),
+    (
+        {"preset": "resformer"}, 1,
+        "owns a slot of keys and values (4 KV heads) and reads keys of its own and values by fuse 0 + 1",
+    ),
+    (BOTH, 1, "owns a slot of keys and values (4 KV heads) and reads several slots at once, join 0 + own last 4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kv", "layer", "has"), HAVE, ids=[f"{has}" for _, _, has in HAVE])
+def test_a_teacher_without_keys_and_values_of_its_own_is_refused_with_its_slots(
+    tiny_config, make_teacher, new_student, kv, layer, has
+) -> None:
+    """The message says what the layer has, what is needed, and another way."""
+    config = tiny_config(n_layers=4, kv=kv)
+    teacher = make_teacher(config)
+    need = f"; allowed for a plan other than its own: models in which {OWN_KV}"
+    with pytest.raises(UserError) as refusal:
+        init_student(new_student(teacher, {"preset": "mha"}), teacher, InitFrom())
+    begin = f"init.from: layer {layer} of the model to start from {has}"
+    assert str(refusal.value) == f"{begin}{need}; or that model's plan in model.kv"
+    same = new_student(teacher, kv)
+    init_student(same, teacher, InitFrom())
+    assert all(torch.equal(mine, teacher.state_dict()[name]) for name, mine in same.state_dict().items())
+    with pytest.raises(UserError) as refusal:
+        check_plans(teacher.plan, teacher.plan)
+    assert str(refusal.value).startswith(f"{begin}; allowed with init.heads merge or uptrain.curriculum_steps: models")
+    assert str(refusal.value).endswith(f"{OWN_KV}; or init.heads mean and uptrain.curriculum_steps 0")
+    with pytest.raises(UserError) as refusal:
+        Sharing(owners=1).check(config)
+    assert str(refusal.value) == f"init.from: layer {layer} {has}; allowed: models in which {OWN_KV}"
+
+
+def test_the_plan_of_a_looped_teacher_is_no_other_way(tiny_config, make_teacher, new_student) -> None:
+    """Students with loops have no start at all."""
+    teacher = make_teacher(tiny_config(n_layers=4, kv={"preset": "yoco_u", "times": 2, "window": 4}))
+    with pytest.raises(UserError) as refusal:
+        init_student(new_student(teacher, {"preset": "mha"}), teacher, InitFrom())
+    assert str(refusal.value).endswith(OWN_KV)
 
 
 @pytest.mark.parametrize("shape", [{}, {"qk_norm": True}, {"kv": {"preset": "gqa", "n_kv_heads": 2}}])

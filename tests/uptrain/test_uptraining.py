@@ -396,7 +396,7 @@ def test_a_run_does_not_start_from_itself_and_a_teacher_that_shares_keeps_its_pl
     with pytest.raises(UserError, match="is the folder of this run"):
         train(student("cla", "--init.from", str(folder.path)), overwrite=True)
     assert folder.checkpoints()
-    with pytest.raises(UserError, match="layer 1 of the model to start from does not read keys and values of its own"):
+    with pytest.raises(UserError, match="layer 1 of the model to start from owns nothing and reads keys and values of"):
         train(student("fusedkv", "--init.from", str(folder.path), "--name", "other"))
     on = train(student("cla", "--init.from", str(folder.path), "--name", "further", "--train.steps", "1"))
     assert rows(on, "val/loss")[0] == rows(folder, "val/loss")[1]

@@ -447,6 +447,11 @@ ALONE = "every layer reads keys and values of its own"
         ({"kv": {"preset": "cla"}}, {}, f"layer 1: shares the keys of layer 0; .*{ALONE}"),
         ({"kv": {"preset": "fusedkv"}}, {}, r"layer 4: fuses keys of layers \[0, 3\]"),
         ({"kv": {"preset": "mla"}}, {}, "layer 0: owns a latent"),
+        (
+            {"kv": {"layers": [{"layers": "0-6", "retention": {}}, {"layers": 7, "own": {}}]}},
+            {},
+            "layer 0: owns a recurrent state; in",
+        ),
         ({"kv": {"preset": "gqa", "kv_norm": True}}, {}, r"layer 0: .*\(kv_norm\)"),
         (
             {

@@ -91,7 +91,7 @@ def _check_plan(plan: KVPlan) -> None:
     for i in range(len(plan)):
         own = plan.owned(i)
         if not own.is_plain:
-            raise UserError(f"layer {i}: owns a {type(own).__name__.lower()}; {_ELSEWHERE}")
+            raise UserError(f"layer {i}: owns a {own.noun}; {_ELSEWHERE}")
         if not own.is_ordinary:
             raise UserError(f"layer {i}: owns {own.text}; {_ELSEWHERE}")
         if own.normalises:

@@ -19,7 +19,8 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ FACTORS = (1, 2, 4)
 SIZES = {
     "1m": dataclasses.replace(
         SMALL,
-        **{"d_model": 96, "d_ff": 256, "vocab_size": 1024, "seq_len": 128, "tokens": 1_500_000, "lr": 4e-3},
-        uptrain_batch=2,
-        validation_sequences=128,
+        **{"d_model": 96, "d_ff": 256, "vocab_size": 1024, "seq_len": 128, "tokens": 1_500_000},
+        **{"uptrain_batch": 2, "validation_sequences": 128},
+        lr=4e-3,
     ),
     "tiny": dataclasses.replace(TINY, tokens=2_048, uptrain_batch=2),
 }
@@ -70,31 +71,25 @@ class Experiment:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.size = SIZES["tiny" if options.tiny else "1m"]
-        if options.tokens is not None:
-            self.size = dataclasses.replace(self.size, tokens=options.tokens)
         self.folders = Folders(options.out)
 
     def run(self) -> bool:
         """Train and measure what is missing; returns whether all is done, False after a signal."""
-        if self.folders.size.exists():
-            claim(self.folders, self.size)
         make_tokens(self.folders, self.size, self.options.corpus, self.options.validation)
         claim(self.folders, self.size)
-        agenda = [(seed, [m for m in METHODS if m != "scratch"]) for seed in range(self.options.seeds)]
-        agenda += [(seed, ["scratch"]) for seed in range(self.options.seeds)]
-        runs = [data for seed, methods in agenda for method in methods for data in self.runs(method, seed)]
+        agenda = sorted(product(range(self.options.seeds), METHODS), key=lambda pair: pair[1] == "scratch")
+        runs = [data for seed, method in agenda for data in self.runs(method, seed)]
         for i, data in enumerate(runs, 1):
             file = self.options.out / "configs" / f"{data['name']}.yaml"
             if file.exists():
                 check_same(yaml.safe_load(file.read_text(encoding="utf-8")), data, file)
             else:
                 write_atomic(file, yaml.safe_dump(data, sort_keys=False))
-            if is_finished(RunFolder(self.options.out / data["name"])):
-                continue
-            print(f"run {i} of {len(runs)}: {data['name']}", flush=True)
-            if not is_finished(train(validate(Config, complete(data)[0]), resume="auto")):
-                return False
-            self.write()
+            if not is_finished(RunFolder(self.options.out / data["name"])):
+                print(f"run {i} of {len(runs)}: {data['name']}", flush=True)
+                if not is_finished(train(validate(Config, complete(data)[0]), resume="auto")):
+                    return False
+                self.write()
         self.write()
         return True
 
@@ -108,21 +103,17 @@ class Experiment:
             first = self._teacher(f"first-s{seed}", seed)  # the teacher's first weights: a step that moves nothing
             first["optim"] |= {"lr": 1e-12, "min_lr": 0.0, "warmup_steps": 0}
             first["train"] |= {"steps": 1, "validate_every": None, "checkpoint_every": 1}
-            own = {"name": trained, "init": {"from": self._path(first["name"])}, "uptrain": settings}
+            own = {"name": trained, "init": {"from": str(self.options.out / first["name"])}, "uptrain": settings}
             found = [first, teacher | own]
         else:
-            found = [
-                self._continued(trained, teacher["name"], self.options.percent, 3 * seed + 1) | {"uptrain": settings}
-            ]
+            further = self._continued(trained, teacher["name"], self.options.percent, 3 * seed + 1)
+            found = [further | {"uptrain": settings}]
         for factor in FACTORS:
             name = f"{trained}-{100 // factor}"
             data = self._continued(name, trained, self.options.adapt_percent, 3 * seed + 2)
             data["model"] = {"kv": {"preset": "cla", "factor": factor, "kv_norm": False}} if factor > 1 else {}
             found.append(data)
         return found
-
-    def _path(self, name: str) -> str:
-        return str(self.options.out / name)
 
     def _teacher(self, name: str, seed: int) -> dict[str, Any]:
         size = dataclasses.replace(self.size, base_seed=3 * seed)
@@ -134,7 +125,7 @@ class Experiment:
         """A run from another one, on `percent` of the teacher's tokens."""
         size, data = self.size, self._teacher(name, 0)
         steps = size.uptrain_steps(percent)
-        data |= {"model": {}, "init": {"from": self._path(start), "method": "copy"}}
+        data |= {"model": {}, "init": {"from": str(self.options.out / start), "method": "copy"}}
         data["optim"] = {"lr": size.uptrain_lr, "min_lr": size.uptrain_lr / 10, "warmup_steps": max(steps // 10, 1)}
         data["train"] |= {"steps": steps, "global_batch": size.uptrain_batch, "micro_batch": size.uptrain_batch}
         data["train"] |= {"seed": seed, "validate_every": steps, "checkpoint_every": steps}
@@ -143,46 +134,39 @@ class Experiment:
     def write(self) -> None:
         """Write results.json and table.md with what is measured so far."""
         rows = []
-        for method in METHODS:
-            for seed in range(self.options.seeds):
-                for factor in FACTORS:
-                    folder = RunFolder(self.options.out / f"{method}-s{seed}-{100 // factor}")
-                    losses = [row["val/loss"] for row in folder.metrics() if "val/loss" in row]
-                    if is_finished(folder):
-                        row = {"method": method, "seed": seed, "cache_percent": 100 // factor}
-                        rows.append(row | {"loss": losses[0], "adapted_loss": losses[-1]})
+        for method, seed, factor in product(METHODS, range(self.options.seeds), FACTORS):
+            folder = RunFolder(self.options.out / f"{method}-s{seed}-{100 // factor}")
+            if is_finished(folder):
+                losses = [row["val/loss"] for row in folder.metrics() if "val/loss" in row]
+                row = {"method": method, "seed": seed, "cache_percent": 100 // factor}
+                rows.append(row | {"loss": losses[0], "adapted_loss": losses[-1]})
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
-        found = {"environment": environment(), "settings": settings, "size": dataclasses.asdict(self.size)}
-        found |= {"methods": METHODS, "results": rows}
+        settings |= {"size": dataclasses.asdict(self.size), "methods": METHODS}
+        found = {"environment": environment(), "settings": settings, "results": rows}
         write_atomic(self.options.out / "results.json", json.dumps(found, indent=1) + "\n")
         write_atomic(self.options.out / "table.md", table(rows))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of means over seeds, with their range.
+    """A Markdown table of means over seeds, with their range, in nats.
 
-    The rise of a loss is that above the same model's loss with its entire cache; the last column is the same after
-    adaptation of both. Losses are in nats.
+    A rise is that above the loss of the same model with its entire cache.
     """
-    header = ["trained", "cache", "seeds", "loss", "rise", "adapted", "rise, adapted"]
-    lines = [" | ".join(header), "---|---:|---:|---|---|---|---"]
-    by = {(row["method"], row["cache_percent"], row["seed"]): row for row in rows}
+    lines = ["trained | cache | seeds | loss | rise | adapted | rise, adapted", "---|---:|---:|---|---|---|---"]
+    full = {(row["method"], row["seed"]): row for row in rows if row["cache_percent"] == 100}
     for method, percent in dict.fromkeys((row["method"], row["cache_percent"]) for row in rows):
-        pairs = [
-            (row, by.get((m, 100, seed))) for (m, share, seed), row in by.items() if (m, share) == (method, percent)
-        ]
-        cells = [method, str(percent), str(len(pairs))]
+        group = [row for row in rows if (row["method"], row["cache_percent"]) == (method, percent)]
+        cells = [method, str(percent), str(len(group))]
         for key in ("loss", "adapted_loss"):
-            rises = [row[key] - full[key] for row, full in pairs if full is not None and percent < 100]
-            cells += [spread([row[key] for row, _ in pairs]), spread(rises)]
+            rises = [row[key] - full[method, row["seed"]][key] for row in group if percent < 100]
+            cells += [spread([row[key] for row in group]), spread(rises)]
         lines.append(" | ".join(cells))
-    return "".join(f"| {line} |\n" for line in lines)
+    return "".join(f"|{line}|\n" if line.startswith("---") else f"| {line} |\n" for line in lines)
 
 
-def spread(values: Iterable[float]) -> str:
-    """`3.95 (3.94 to 3.97)`: the mean and the range; empty without values."""
-    found = list(values)
-    return f"{statistics.fmean(found):.3f} ({min(found):.3f} to {max(found):.3f})" if found else ""
+def spread(values: Sequence[float]) -> str:
+    """`3.950 (3.940 to 3.970)`: the mean and the range; empty without values."""
+    return f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
 
 
 def parser() -> Parser:
@@ -193,7 +177,6 @@ def parser() -> Parser:
     add("--validation", nargs="+", default=[], metavar="FILE", help="held out (default: 2 %% of the corpus)")
     add("--out", type=Path, default=Path("runs/random_sources"), metavar="DIR", help="default: %(default)s")
     add("--tiny", action="store_true", help="a teacher of a few thousand parameters")
-    add("--tokens", type=whole_number(1), metavar="N", help="tokens of the teacher (default: 1,500,000)")
     add("--seeds", type=whole_number(1), default=3, metavar="N", help="of teachers (default: %(default)s)")
     for name, default, of in (("--percent", 5.0, "further training"), ("--adapt-percent", 1.0, "adaptation")):
         add(name, type=number(above=0, up_to=100), default=default, metavar="P",

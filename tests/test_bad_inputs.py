@@ -42,6 +42,7 @@ COMMANDS = {
     "half_cache": "experiments.half_cache.__main__",
     "half_cache_scratch": "experiments.half_cache.scratch",
     "methods_picture": "experiments.methods_picture",
+    "random_sources": "experiments.random_sources",
 }
 """For each file of `bad_inputs`, its command: a file, or a module of a package."""
 LONGEST = 450

@@ -30,7 +30,7 @@ from cllm.arguments import Parser, number, whole_number
 from cllm.commands.tradeoff import is_finished
 from cllm.config import Config
 from cllm.config.load import validate
-from cllm.environment import environment
+from cllm.environment import versions
 from cllm.errors import EXIT_STOPPED, one_line
 from cllm.files import write_atomic
 from cllm.lock import locked
@@ -142,16 +142,13 @@ class Experiment:
                 rows.append(row | {"loss": losses[0], "adapted_loss": losses[-1]})
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
         settings |= {"size": dataclasses.asdict(self.size), "methods": METHODS}
-        found = {"environment": environment(), "settings": settings, "results": rows}
+        found = {"environment": versions(), "settings": settings, "results": rows}
         write_atomic(self.options.out / "results.json", json.dumps(found, indent=1) + "\n")
         write_atomic(self.options.out / "table.md", table(rows))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of means over seeds, with their range, in nats.
-
-    A rise is that above the loss of the same model with its entire cache.
-    """
+    """A Markdown table: mean and range of losses in nats. A rise is that above the same model with its entire cache."""
     lines = ["trained | cache | seeds | loss | rise | adapted | rise, adapted", "---|---:|---:|---|---|---|---"]
     full = {(row["method"], row["seed"]): row for row in rows if row["cache_percent"] == 100}
     for method, percent in dict.fromkeys((row["method"], row["cache_percent"]) for row in rows):

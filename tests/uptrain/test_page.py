@@ -1,4 +1,5 @@
-"""The tables of docs/uptraining.md about students of a teacher from scratch are those of the files in docs/results."""
+"""The tables of docs/uptraining.md about students of a teacher from scratch, and that of docs/plans.md about random
+sources, are those of the files in docs/results."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from experiments import random_sources
 from experiments.half_cache.runner import table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -67,3 +69,41 @@ def test_kinds_on_a_cpu() -> None:
     expected = rows(table([*first, *(student for student in more if student["student"] not in known)]))
     tables = [row for row in rows(part) if row[0] != "student"]
     assert sorted(tables) == sorted(row for row in expected if row[0] != "student")
+
+
+def test_random_sources() -> None:
+    results = found("2026-11-29-random-sources-1m-cpu.json")["results"]
+    text = (DOCS / "plans.md").read_text(encoding="utf-8")
+    part = text.split("\n### Measured at 1.1 M parameters\n")[1].split("\n## ")[0]
+    assert random_sources.table(results) in part
+    losses = {(row["method"], row["cache_percent"], row["seed"]): row for row in results}
+
+    def differences(method: str, other: str, cache: int, key: str = "loss") -> list[float]:
+        return [losses[method, cache, seed][key] - losses[other, cache, seed][key] for seed in range(3)]
+
+    def span(values: list[float]) -> str:
+        assert min(values) > 0, "of one sign with every seed"
+        return f"{min(values):.3f} to {max(values):.3f}"
+
+    half, quarter = (differences("plain", "all", cache) for cache in (50, 25))
+    for cache in (50, 25):
+        for seed in range(3):
+            rise = {m: losses[m, cache, seed]["loss"] - losses[m, 100, seed]["loss"] for m in ("none", "plain", "all")}
+            assert rise["all"] < min(rise["none"], rise["plain"])
+    rules = [abs(value) for cache in (100, 50, 25) for value in differences("owners", "all", cache)]
+    after = differences("plain", "all", 25, "adapted_loss")
+    scratch = differences("scratch", "none", 100)
+    teachers = [row for row in results if (row["method"], row["cache_percent"]) == ("none", 100)]
+    rough = [row["adapted_loss"] - row["loss"] for row in teachers]
+    for signs in (differences("plain", "all", 50, "adapted_loss"), scratch):
+        assert min(signs) < 0 < max(signs), "of either sign"
+    written = " ".join(part.split())
+    for sentence in (
+        f"at 50 % of the cache `all` is {span(half)} below `plain`, at 25 % {span(quarter)}",
+        f"with `all` the loss at 100 % is {span(differences('all', 'plain', 100))} above that of `plain`",
+        f"`scratch` is {-min(scratch):.3f} below to {max(scratch):.3f} above the teacher there",
+        f"`owners` and `all` differ by at most {max(rules):.3f}",
+        f"`all` is {span(after)} below `plain` at 25 %",
+        f"they raise the loss of the teacher at 100 % by {span(rough)}",
+    ):
+        assert sentence in written, sentence

@@ -45,8 +45,9 @@ def test_runs_results_and_another_command(
     assert len({configs[name].train.seed for name in ("plain-s0", "all-s0", "owners-s0")}) == 1, "the same text"
     assert configs["scratch-s0"].train == RunFolder(out / "none-s0").config().train
     assert losses(out / "scratch-s0")[0] == pytest.approx(losses(out / "none-s0")[0], abs=1e-6), "the same weights"
-    plan = RunFolder(out / "none-s0-50").config().model.plan()
-    assert [plan.reads(i) for i in range(4)] == [(0,), (0,), (2,), (2,)]
+    for cache, sources in ((100, [0, 1, 2, 3]), (50, [0, 0, 2, 2]), (25, [0, 0, 0, 0])):
+        plan = RunFolder(out / f"none-s0-{cache}").config().model.plan()
+        assert [plan.reads(i) for i in range(4)] == [(source,) for source in sources]
 
     capsys.readouterr()
     monkeypatch.setattr(random_sources, "train", None)

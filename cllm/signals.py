@@ -23,6 +23,8 @@ from cllm.errors import EXIT_STOPPED
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that ask a command to end: from the terminal, from a scheduler, from a terminal that closes."""
+STOPPING_RUNS = (*STOPPING, signal.SIGUSR1)
+"""Those that end training after the current step. srun forwards SIGUSR1 to its tasks without ending itself."""
 AGAIN = 1.0
 """Seconds after which an exception that was swallowed is raised again."""
 

@@ -19,7 +19,7 @@ from cllm.data.sampler import StepBatchSampler
 from cllm.data.store import TokenStore
 from cllm.errors import DataError, UserError
 from cllm.kernels.backends.mask import max_documents
-from cllm.signals import STOPPING
+from cllm.signals import STOPPING_RUNS
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -46,7 +46,7 @@ def _outlive_signals(worker: int) -> None:
 
     Workers end when the main process does.
     """
-    for number in (*STOPPING, signal.SIGUSR1):
+    for number in STOPPING_RUNS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -15,14 +15,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from cllm.files import write_atomic
-from cllm.signals import leave_terminal
+from cllm.signals import STOPPING_RUNS, leave_terminal
 from cllm.train.callbacks import early_stop_reason
 from cllm.train.checkpoints import Checkpoints
 from cllm.train.module import step_is_complete
 
 log = logging.getLogger(__name__)
-
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class StopWhenDone(Callback):
@@ -53,7 +51,7 @@ class StopWhenDone(Callback):
         step has ended.
         """
         try:
-            for number in _STOPPING:
+            for number in STOPPING_RUNS:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.getsignal(number)
                     signal.signal(number, self._handle)

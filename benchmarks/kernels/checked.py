@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.decoding import Decode
+from benchmarks.kernels.decoding import Decode, run_tiles
 from benchmarks.kernels.table import Table, rand
 from benchmarks.record import Row
 from benchmarks.timing import replayed_ms
 from cllm.kernels.decode import Stored, Visible, decode_attention_reference
+from cllm.kernels.split_decode import Tiles
+from cllm.kernels.split_tied import TiedTiles
 
 LARGEST_ERROR = 2**-5
 """Of a head, relative to its largest number. Results are rounded to bf16; matrix products round keys too."""
 
 
 class Checked:
-    """The arguments of one case, and its exact result."""
+    """The arguments of one case of the benchmark `what`, and its exact result."""
 
-    def __init__(self, case: Decode):
-        self.case, self.sets = case, case.sets()
+    def __init__(self, what: str, case: Decode):
+        self.what, self.case, self.sets = what, case, case.sets()
         self.queries = [rand(case.b, case.h, d, grad=False) for d in case.d]
         self.queries[0][:, ::2] *= 4  # every other head sees few tokens, so that an error of one of them shows
         self.visible = Visible(torch.tensor([case.live - 1], device=self.queries[0].device), None, None, False)
@@ -42,32 +43,32 @@ class Checked:
         ]
         self.wanted = torch.cat(rows)
 
-    def add_row(
-        self, table: Table, copy: float, what: str, name: str, tiles: dict[str, Any], run: Callable[[int], Tensor]
-    ) -> Row:
+    def run(self, tiles: Tiles | TiedTiles, number: int = 0) -> Tensor:
+        """Attention (B, H, sum of E) over one of the sets of slots."""
+        return run_tiles(self.queries, *self.sets[number], self.visible, self.case.scale, tiles)
+
+    def measure(self, table: Table, copy: float, name: str, tiles: Tiles | TiedTiles) -> Row:
         """Add a row: ms, the share of the copy's rate and the largest error. Infinite ms: it failed or is wrong.
 
         Args:
             table: receives the row.
             copy: bytes per second of a copy.
-            what: the benchmark.
             name: the variant that is timed.
-            tiles: of the variant, for the file.
-            run: attention (B, H, sum of E) over the set of slots with a number.
+            tiles: of the variant.
         """
         bound = self.case.bytes() / copy * 1000
-        row: Row = {"what": what, "case": self.case.name, "name": name, "ms": math.inf, "bound_ms": bound}
+        row: Row = {"what": self.what, "case": self.case.name, "name": name, "ms": math.inf, "bound_ms": bound}
         try:
-            error = (run(0).float() - self.wanted).abs().amax(-1) / self.wanted.abs().amax(-1)
+            error = (self.run(tiles).float() - self.wanted).abs().amax(-1) / self.wanted.abs().amax(-1)
             row["error"] = error.max().item()
             if not row["error"] <= LARGEST_ERROR:
                 raise ArithmeticError(f"error {row['error']:.1e}, more than {LARGEST_ERROR:.1e}")
-            row["ms"] = replayed_ms([functools.partial(run, n) for n in range(len(self.sets))])
+            row["ms"] = replayed_ms([functools.partial(self.run, tiles, n) for n in range(len(self.sets))])
         except Exception as failure:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             row["failed"] = " ".join(str(failure).split())[:150]
-        row |= {"share": bound / row["ms"], "tiles": tiles}
+        row |= {"share": bound / row["ms"], "tiles": asdict(tiles)}
         table.add({key: value for key, value in row.items() if value != math.inf})
         return row
 
@@ -77,7 +78,17 @@ def _row(parts: Sequence[Stored], b: int) -> list[Stored]:
     return [replace(x, data=x.data[b : b + 1], scale=None if x.scale is None else x.scale[b : b + 1]) for x in parts]
 
 
+def fastest(rows: Iterable[Row]) -> Row:
+    """The fastest of `rows` of one kernel, which are measured as they are taken: none after one that failed."""
+    measured = []
+    for row in rows:
+        measured.append(row)
+        if "failed" in row:
+            break
+    return min(measured, key=lambda row: row["ms"])
+
+
 def print_row(row: Row) -> None:
-    """Print a row of `Checked.add_row`."""
+    """Print a row of `Checked.measure`."""
     result = f"{row['ms']:9.4f} ms {100 * row['share']:6.1f} % of copy  error {row.get('error', math.nan):.1e}"
     print(f"{row['what']:<10}{row['case']:<38}{row['name']:<58}{row.get('failed', result)}", flush=True)

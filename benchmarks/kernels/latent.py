@@ -6,18 +6,16 @@ a RoPE key, and whose values are the latent.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
 
-from benchmarks.kernels.checked import Checked, print_row
-from benchmarks.kernels.decoding import Decode, run_tiles, unpacked
+from benchmarks.kernels.checked import Checked, fastest, print_row
+from benchmarks.kernels.decoding import Decode, unpacked
 from benchmarks.kernels.table import Table
 from benchmarks.record import Row
 from cllm.errors import UserError, nearest
@@ -104,21 +102,9 @@ def splits_for(shape: Shape, form: Tiles, limits: Limits) -> list[int]:
 # ---- times -----------------------------------------------------------------------------------------------------------
 
 
-class _Call(Checked):
-    """A call of the kernel."""
-
-    def run(self, tiles: Tiles, number: int = 0) -> Tensor:
-        """Attention over one of the sets of slots."""
-        return run_tiles(self.queries, *self.sets[number], self.visible, self.case.scale, tiles)
-
-    def rule(self) -> Tiles:
-        k, _, v, _ = unpacked(*self.sets[0])
-        return split_decode.tiles_for(self.queries, k, v, None)[0]
-
-    def measure(self, table: Table, copy: float, tiles: Tiles, note: str = "") -> Row:
-        """Add a row; see `Checked.add_row`."""
-        name = f"{name_of(tiles)}{note}"
-        return self.add_row(table, copy, "latent", name, asdict(tiles), functools.partial(self.run, tiles))
+def _rule(call: Checked) -> Tiles:
+    k, _, v, _ = unpacked(*call.sets[0])
+    return split_decode.tiles_for(call.queries, k, v, None)[0]
 
 
 def name_of(tiles: Tiles) -> str:
@@ -144,9 +130,9 @@ def bench_latent(
         clock: seconds since a fixed time.
     """
     end, shape = clock() + seconds, shape or Shape()
-    call, limits = _Call(shape.case()), device_limits(torch.device("cuda"))
-    by_rule = call.rule()
-    rows = [call.measure(table, copy, by_rule, ", by rule")]
+    call, limits = Checked("latent", shape.case()), device_limits(torch.device("cuda"))
+    by_rule = _rule(call)
+    rows = [call.measure(table, copy, f"{name_of(by_rule)}, by rule", by_rule)]
     print_row(rows[0])
     every = forms(shape, limits)
     for number, form in enumerate(every):
@@ -154,20 +140,11 @@ def bench_latent(
             left = f"{len(every) - number} of {len(every)} forms were not timed"
             print(f"latent    {left}: {seconds:g} seconds have passed")
             break
-        rows.append(_best_splits(call, table, copy, form, splits_for(shape, form, limits)))
+        each = (replace(form, splits=splits) for splits in splits_for(shape, form, limits))
+        rows.append(fastest(call.measure(table, copy, name_of(tiles), tiles) for tiles in each))
         print_row(rows[-1])
-    rows.append(call.measure(table, copy, by_rule, ", by rule, again"))
+    rows.append(call.measure(table, copy, f"{name_of(by_rule)}, by rule, again", by_rule))
     _print_best(rows, call.case.bytes() / copy * 1000)
-
-
-def _best_splits(call: _Call, table: Table, copy: float, form: Tiles, splits: Sequence[int]) -> Row:
-    """The row of the fastest number of splits."""
-    rows = []
-    for number in splits:
-        rows.append(call.measure(table, copy, replace(form, splits=number)))
-        if "failed" in rows[-1]:
-            break  # other splits are the same kernel
-    return min(rows, key=lambda row: row["ms"])
 
 
 def _print_best(rows: Sequence[Row], bound: float) -> None:

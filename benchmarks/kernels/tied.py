@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from benchmarks.kernels.checked import Checked, print_row
-from benchmarks.kernels.decoding import Decode, run_tiles, unpacked
+from benchmarks.kernels.checked import Checked, fastest, print_row
+from benchmarks.kernels.decoding import Decode, unpacked
 from benchmarks.kernels.table import Table
 from benchmarks.record import Row
 from cllm.kernels import split_decode
@@ -35,25 +33,14 @@ SPLITS = (4, 6, 8, 10, 12, 16, 24, 32)
 """Of programs of four warps; with fewer warps there are as many more."""
 
 
-class _Call(Checked):
-    """A call of the kernels in use."""
-
-    def run(self, tiles: TiedTiles | Tiles, number: int = 0) -> Tensor:
-        """Attention over one of the sets of slots."""
-        return run_tiles(self.queries, *self.sets[number], self.visible, self.case.scale, tiles)
-
-    def rules(self) -> dict[str, TiedTiles | Tiles]:
-        """Tiles by rule: of the kernel that rotates keys and multiplies matrices, and of the one that is chosen."""
-        k, k_scales, v, v_scales = unpacked(*self.sets[0])
-        rotation = rotation_of(self.sets[0][0])
-        return {
-            "matrix products": split_decode.tiles_for(self.queries, k, v, None, rotation)[0],
-            "by rule": split_decode.best_tiles(self.queries, k, k_scales, v, v_scales, None, rotation),
-        }
-
-    def measure(self, table: Table, copy: float, name: str, tiles: TiedTiles | Tiles) -> Row:
-        """Add a row; see `Checked.add_row`."""
-        return self.add_row(table, copy, "tied", name, asdict(tiles), functools.partial(self.run, tiles))
+def _rules(call: Checked) -> dict[str, TiedTiles | Tiles]:
+    """Tiles by rule: of the kernel that rotates keys and multiplies matrices, and of the one that is chosen."""
+    k, k_scales, v, v_scales = unpacked(*call.sets[0])
+    rotation = rotation_of(call.sets[0][0])
+    return {
+        "matrix products": split_decode.tiles_for(call.queries, k, v, None, rotation)[0],
+        "by rule": split_decode.best_tiles(call.queries, k, k_scales, v, v_scales, None, rotation),
+    }
 
 
 def _tiles(parts: int, warps: int, stages: int) -> TiedTiles:
@@ -64,8 +51,8 @@ def _name(tiles: TiedTiles) -> str:
     return f"parts {tiles.parts}, warps {tiles.num_warps}, stages {tiles.num_stages}"
 
 
-def _by_rule(call: _Call, table: Table, copy: float) -> None:
-    for name, tiles in call.rules().items():
+def _by_rule(call: Checked, table: Table, copy: float) -> None:
+    for name, tiles in _rules(call).items():
         print_row(call.measure(table, copy, name, tiles))
 
 
@@ -75,27 +62,22 @@ def bench_tied(table: Table, copy: float) -> None:
     Of each variant the fastest number of splits is printed; the file has all of them.
     """
     for case, forms in ((CASE, FORMS), (TWO_HEADS, FORMS_OF_TWO)):
-        call = _Call(case)
-        fastest = [_best_splits(call, table, copy, _tiles(*form)) for form in forms]
+        call = Checked("tied", case)
+        best = [_best_splits(call, table, copy, _tiles(*form)) for form in forms]
         _by_rule(call, table, copy)  # last: what is timed first on an idle GPU is slower
-        print(f"tied      fastest: {min(fastest, key=lambda row: row['ms'])['name']}", flush=True)
+        print(f"tied      fastest: {min(best, key=lambda row: row['ms'])['name']}", flush=True)
         del call
         torch.cuda.empty_cache()
     for case in MORE:
-        call = _Call(case)
+        call = Checked("tied", case)
         _by_rule(call, table, copy)
         del call
         torch.cuda.empty_cache()
 
 
-def _best_splits(call: _Call, table: Table, copy: float, variant: TiedTiles) -> Row:
+def _best_splits(call: Checked, table: Table, copy: float, variant: TiedTiles) -> Row:
     """The row of the fastest number of splits, printed."""
-    rows = []
-    for splits in SPLITS:
-        tiles = replace(variant, splits=splits * 4 // variant.num_warps)
-        rows.append(call.measure(table, copy, f"{_name(tiles)}, splits {tiles.splits}", tiles))
-        if "failed" in rows[-1]:
-            break  # other splits are the same kernel
-    best = min(rows, key=lambda row: row["ms"])
+    each = (replace(variant, splits=splits * 4 // variant.num_warps) for splits in SPLITS)
+    best = fastest(call.measure(table, copy, f"{_name(tiles)}, splits {tiles.splits}", tiles) for tiles in each)
     print_row(best)
     return best

@@ -31,6 +31,7 @@ from experiments.half_cache.configs import Setting, check_config, student_data
 from experiments.half_cache.settings import check_same
 from experiments.half_cache.students import ROOT, Shape, Student, check_bytes
 
+RESULTS = "results.json"
 _MOST_THREADS = 8
 """Threads of a student, at most. With 64 each, the least squares of two students at once took minutes, not seconds."""
 _SAVING = 60.0
@@ -122,6 +123,7 @@ class Experiment:
         """The teacher's name in tables of `cllm compare`; None: that of its folder."""
         self.finished: Callable[[RunFolder], None] | None = None
         """Called with the folder of each student that has finished."""
+        self._earlier = _results(self.out)
         self._environment = environment()
         self._lock = threading.Lock()
 
@@ -270,23 +272,24 @@ class Experiment:
         failed = self.devices.failed
         return row | ({"failed": failed[name]} if name in failed else {})
 
-    def _earlier(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The rows of results.json of students that `rows` lack: those of earlier commands in this folder."""
-        file, own = self.out / "results.json", {row["student"] for row in rows}
-        found = json.loads(file.read_text(encoding="utf-8"))["students"] if file.exists() else []
-        return [row for row in found if row["student"] not in own]
-
     def write(self) -> list[dict[str, Any]]:
         """Write results.json and table.md, also with students of earlier commands; returns the rows of this one's."""
         with self._lock:
             rows = [self.row(student) for student in self.students]
-            every = [*self._earlier(rows), *rows]
+            own = {row["student"] for row in rows}
+            every = [*(row for row in self._earlier if row["student"] not in own), *rows]
             settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.options).items()}
             named = {} if self.name is None else {"name": self.name}
             found = {**named, "environment": self._environment, "settings": settings, "students": every}
-            write_atomic(self.out / "results.json", json.dumps(found, indent=2) + "\n")
+            write_atomic(self.out / RESULTS, json.dumps(found, indent=2) + "\n")
             write_atomic(self.out / "table.md", table(every))
         return rows
+
+
+def _results(out: Path) -> list[dict[str, Any]]:
+    """The rows of the students of earlier commands in a folder."""
+    file = out / RESULTS
+    return json.loads(file.read_text(encoding="utf-8"))["students"] if file.exists() else []
 
 
 def _trained(folder: RunFolder, data: dict[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,17 @@ def install_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         sys.modules.pop(module, None)
 
 
+@pytest.fixture
+def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled modules are graphs with their backward, which torch runs: no code is written for them."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, *, dynamic, options=None: compile_module(module, dynamic=dynamic, backend="aot_eager"),
+    )
+
+
 @pytest.fixture(scope="session")
 def warm_executable() -> Iterator[Path]:
     """A Python whose processes start with the training stack imported, see `warm.py`."""

@@ -224,14 +224,8 @@ def test_every_rope_table_is_made_before_the_layers(
     assert made == [300.0, 5e4] * 2
 
 
-def test_compiled_blocks_compute_the_same(folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As graphs, which torch runs."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda module, *, dynamic, options=None: compile_module(module, dynamic=dynamic, backend="aot_eager"),
-    )
+@pytest.mark.usefixtures("eager_graphs")
+def test_compiled_blocks_compute_the_same(folder: Callable[..., Path]) -> None:
     model = decoder(path := folder()).requires_grad_(False)
     expected = model(IDS)
     compiled = decoder(path).requires_grad_(False)

@@ -106,8 +106,7 @@ def compile_everything(capability: int) -> None:
         kernel = run(self, *arguments, warmup=True, **options)
         coded = any(isinstance(a, torch.Tensor) and a.dtype == torch.float8_e4m3fn for a in flat(arguments))
         made = {"name": self.__name__, "shared": kernel.metadata.shared, "coded": coded}
-        ptx = kernel.asm["ptx"]
-        print(json.dumps(made | {"spilled": spilled_bytes(ptx, capability)}))
+        print(json.dumps(made | {"spilled": spilled_bytes(kernel.asm["ptx"], capability)}))
         return kernel
 
     def count_only(self: JITFunction, *arguments: Any, warmup: bool, **options: Any) -> Any:

@@ -8,6 +8,11 @@ from types import ModuleType
 
 import pytest
 
+from cllm.study.results import read_results
+from cllm.study.schema import load_study
+from cllm.study.summary import Summary, summarise
+from tests.study.page import FOLDER, RESULTS
+
 
 @pytest.fixture(scope="session")
 def chaos(load_file: Callable[[Path], ModuleType]) -> ModuleType:
@@ -22,3 +27,9 @@ def finished(chaos: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pat
     study = chaos.study_of(folder / "base.yaml")
     assert chaos.runner_of(study, folder, chaos.FakeCommands(0, folder / "started")).run() == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def summary() -> Summary:
+    """The summary of seven designs after 490 M tokens, in docs/results."""
+    return summarise(load_study(RESULTS / "2026-11-27-study-490m.yaml"), read_results(FOLDER))

@@ -1,4 +1,4 @@
-"""What the tests of docs/study.md share: its tables and sentences, and numbers of a summary."""
+"""Helpers of the tests of docs/study.md: they read its tables and sentences, and numbers of a study's summary."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from cllm.study.summary import Row, Summary
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESULTS = DOCS / "results"
+FOLDER = RESULTS / "2026-11-27-study-490m-h200"
+"""The results of seven designs after 490 M tokens."""
 TEXT = (DOCS / "study.md").read_text(encoding="utf-8")
 
 

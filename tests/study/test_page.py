@@ -12,16 +12,8 @@ import pytest
 
 from cllm.study.beside import beside
 from cllm.study.results import read_results
-from cllm.study.schema import load_study
-from cllm.study.summary import Summary, summarise
-from tests.study.page import DOCS, RESULTS, at, copying, row, said, table
-
-FOLDER = RESULTS / "2026-11-27-study-490m-h200"
-
-
-@pytest.fixture(scope="module")
-def summary() -> Summary:
-    return summarise(load_study(RESULTS / "2026-11-27-study-490m.yaml"), read_results(FOLDER))
+from cllm.study.summary import Summary
+from tests.study.page import DOCS, FOLDER, RESULTS, at, copying, row, said, table
 
 
 def test_no_result_is_left_out(summary: Summary) -> None:

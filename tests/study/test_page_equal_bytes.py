@@ -15,14 +15,8 @@ from cllm.study.schema import load_study
 from cllm.study.summary import Row, Summary, summarise
 from tests.study.page import DOCS, RESULTS, at, copying, flat, row, said, table, text_loss
 
-LONG = RESULTS / "2026-11-27-study-490m-h200"
 FOLDER = RESULTS / "2026-11-28-study-equal-bytes-h200"
 RATES = (1.5e-3, 3e-3)
-
-
-@pytest.fixture(scope="module")
-def summary() -> Summary:
-    return summarise(load_study(RESULTS / "2026-11-27-study-490m.yaml"), read_results(LONG))
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +55,9 @@ def copied(row: Row) -> str:
     return "".join(found)
 
 
-def long(row: Row) -> dict[float, float]:
+def long(summary: Summary, row: Row) -> dict[float, float]:
     """The losses of a design's runs of 100 M tokens by their rates."""
-    own = [r for r in read_results(FOLDER) if r.variant == row.variant and not r.content["search"]]
+    own = [r for r in summary.used if r.variant == row.variant and not r.content["search"]]
     return {result.rate: result.loss or math.nan for result in own if result.rate is not None}
 
 
@@ -80,7 +74,7 @@ def test_the_table_of_half_of_the_cache(both: Summary) -> None:
     gqa = row(both, "gqa-half").loss.mean
     expected = []
     for found in at_share(both, "half"):
-        short, losses = searched(both, found.variant.design), long(found)
+        short, losses = searched(both, found.variant.design), long(both, found)
         assert min(short, key=lambda rate: short[rate]) in losses
         assert found.loss.mean == min(losses.values())
         kv = found.first.content["summary"]["kv_vs_mha"]
@@ -92,7 +86,7 @@ def test_the_table_of_half_of_the_cache(both: Summary) -> None:
     _, _, *rows = table("### Twelve designs, half of the cache", "design")
     assert rows == expected
     assert [found[0] for found in expected if not found[-1]] == ["fusedkv_rich"]
-    (other,) = (r for r in read_results(FOLDER) if r.name.startswith("fusedkv_rich-half-lr0.003-100M"))
+    (other,) = (r for r in both.used if r.name.startswith("fusedkv_rich-half-lr0.003-100M"))
     wanted = ("copying", "all")
     (record,) = (r for r in other.content["evaluations"] if (r.get("suite"), r.get("task")) == wanted)
     said(f"at 3e-3 only: there it copies {record['accuracy']:.1f} ± {record['accuracy_stderr']:.1f} %")
@@ -104,7 +98,7 @@ def test_the_table_of_a_quarter_of_the_cache(both: Summary) -> None:
     for found in at_share(both, "quarter"):
         name, kv = name_of(found), found.first.content["summary"]["kv_vs_mha"]
         assert kv["resident"] == (1.0 if name == "mha" else 0.25)
-        losses, short = long(found), searched(both, found.variant.design)
+        losses, short = long(both, found), searched(both, found.variant.design)
         assert losses.keys() == {1.5e-3}
         rates = [*written(short, RATES[:1]), *written(losses, RATES[:1])]
         against = "" if name in ("mha", "xmla") else f"{found.loss.mean - halves[name].loss.mean:+.3f}"
@@ -230,7 +224,7 @@ def test_the_sentences_about_half_of_the_cache(both: Summary, summary: Summary) 
     curve = [(tokens, gap("fusedkv_rich", tokens, "fusedkv")) for tokens, _ in rows["fusedkv"].first.curve("val/loss")]
     assert all(change > 0 for tokens, change in curve if tokens > 5e6)
     assert rows["fusedkv_rich"].first.rate == rows["fusedkv"].first.rate == 1.5e-3
-    worse = {name: long(rows[name])[3e-3] - loss[name] for name in ("cla", "fusedkv_rich")}
+    worse = {name: long(both, rows[name])[3e-3] - loss[name] for name in ("cla", "fusedkv_rich")}
     said(
         f"mla's two rates differ by {short['mla'][3e-3] - short['mla'][1.5e-3]:.3f} after 20 M",
         f"3e-3 for cla by {short['cla'][1.5e-3] - short['cla'][3e-3]:.3f};",
@@ -240,7 +234,7 @@ def test_the_sentences_about_half_of_the_cache(both: Summary, summary: Summary) 
         f"from 5 M tokens on, and {gap('fusedkv_rich', 100e6, 'fusedkv'):.3f} above",
     )
     assert {name for name, found in rows.items() if found.first.rate == 3e-3} == {"kv_tie"}
-    tied = long(rows["kv_tie"])
+    tied = long(both, rows["kv_tie"])
     said(f"kv_tie's two long runs are {tied[1.5e-3] - tied[3e-3]:.3f} apart")
 
 

@@ -79,14 +79,9 @@ def test_asked_for_and_missing_it_stops_before_a_folder_appears(tiny: Tiny) -> N
     assert not (Path(config.runs_dir) / config.name).exists()
 
 
-def test_a_run_learns_as_without(tiny: Tiny, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with blocks that are recomputed, and compiled: as a graph with its backward, which torch runs."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        lambda module, *, dynamic, options=None: compile_module(module, dynamic=dynamic, backend="aot_eager"),
-    )
+@pytest.mark.usefixtures("eager_graphs")
+def test_a_run_learns_as_without(tiny: Tiny, kernels: None) -> None:
+    """Also with blocks that are recomputed, and compiled."""
 
     def losses(*settings: str) -> list[float]:
         folder = train(tiny(*BF16, "--optim.warmup_steps", "2", *settings), overwrite=True)

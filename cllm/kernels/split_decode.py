@@ -260,11 +260,11 @@ def run(
         )  # fmt: skip
     else:
         _launch(tiles, *arguments, rotation, *seen, partial, log_sums)
-    merge_splits(partial, log_sums, out, log_sum)
+    _merge_splits(partial, log_sums, out, log_sum)
     return out
 
 
-def merge_splits(partial: Tensor, log_sums: Tensor, out: Tensor, log_sum: Tensor | None) -> None:
+def _merge_splits(partial: Tensor, log_sums: Tensor, out: Tensor, log_sum: Tensor | None) -> None:
     """Write the results of all splits together, `out` (B, H, E) and `log_sum` (B, H) fp32 to base 2, or None.
 
     Args:

@@ -24,7 +24,7 @@ def origin_text(plan: KVPlan, i: int) -> str:
 
 
 def _reads_text(plan: KVPlan, i: int) -> str:
-    """What layer `i` reads, as the end of a clause; empty if it reads its own slot as it is stored."""
+    """The end of that clause: what layer `i` reads. It is empty if that is its own slot, unchanged."""
     keys, values = plan.keys(i), plan.values(i)
     if plan.reads_at_once(i):
         return f" and reads several slots at once, {keys.text(i)}"

@@ -1,4 +1,4 @@
-"""Helpers of the tests of docs/study.md: they read its tables and sentences, and numbers of a study's summary."""
+"""Helpers of the tests of docs/study_results.md: read its tables and sentences, and numbers of a study's summary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESULTS = DOCS / "results"
 FOLDER = RESULTS / "2026-11-27-study-490m-h200"
 """The results of seven designs after 490 M tokens."""
-TEXT = (DOCS / "study.md").read_text(encoding="utf-8")
+TEXT = (DOCS / "study_results.md").read_text(encoding="utf-8")
 
 
 def table(heading: str, first: str) -> list[list[str]]:
@@ -26,9 +26,9 @@ def flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def said(*phrases: str) -> None:
+def said(*phrases: str, text: str = TEXT) -> None:
     for phrase in phrases:
-        assert phrase in flat(TEXT), phrase
+        assert phrase in flat(text), phrase
 
 
 def at(result: Result, tokens: float, tag: str = "val/loss") -> float:

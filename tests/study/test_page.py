@@ -1,4 +1,4 @@
-"""The numbers of docs/study.md, and of the README's table, are those of the files in docs/results."""
+"""The numbers of docs/study_results.md, of the answers in docs/study.md and of the README are those of docs/results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from cllm.study.beside import beside
 from cllm.study.results import read_results
 from cllm.study.summary import Summary
-from tests.study.page import DOCS, FOLDER, RESULTS, at, copying, row, said, table
+from tests.study.page import DOCS, FOLDER, RESULTS, TEXT, at, copying, flat, row, said, table
 
 
 def test_no_result_is_left_out(summary: Summary) -> None:
@@ -22,7 +22,7 @@ def test_no_result_is_left_out(summary: Summary) -> None:
 
 
 def test_the_table_of_designs(summary: Summary) -> None:
-    head, _, *rows = table("### Seven designs, 490 M tokens", "design")
+    head, _, *rows = table("## Seven designs, 490 M tokens", "design")
     assert len(rows) == len(summary.rows)
     for cells, found in zip(rows, summary.rows, strict=True):
         numbers = dict(zip(head, cells, strict=True))
@@ -48,7 +48,7 @@ def test_the_table_of_designs(summary: Summary) -> None:
 
 
 def test_the_table_of_losses_in_training(summary: Summary) -> None:
-    head, _, *rows = table("### Seven designs, 490 M tokens", "tokens")
+    head, _, *rows = table("## Seven designs, 490 M tokens", "tokens")
     assert [cells[0] for cells in rows] == ["49 M", "98 M", "245 M", "490 M"]
     for tokens, *cells in rows:
         for design, cell in zip(head[1:], cells, strict=True):
@@ -121,7 +121,7 @@ def test_the_table_beside_other_models(summary: Summary) -> None:
     head, _, *rows = cells
     columns = ["bytes/token", "perplexity", "copying distance=512, accuracy %", "ruler, accuracy %", "piqa, norm %"]
     expected = {(line[0], line[1]): [line[head.index(name)] for name in columns] for line in rows}
-    _, _, *written = table("### Beside other models", "model")
+    _, _, *written = table("## Beside other models", "model")
     found = {(line[0], line[1]): line[2:] for line in written}
     for line in found.values():
         line[1] = re.sub(r" [a-g]$", "", line[1])
@@ -137,6 +137,36 @@ def test_the_table_beside_other_models(summary: Summary) -> None:
         f"fusedkv loses {lost('fusedkv', four)} of its copying and fusedkv_lite {lost('fusedkv_lite', four)}.**",
         f"loses {lost('smollm2', '`xkv:group=5,ratio=4`')}. Its students",
     )
+
+
+def test_the_short_form(summary: Summary) -> None:
+    text = (DOCS / "study.md").read_text(encoding="utf-8").split("\n## Answers so far\n")[1].split("\n## ")[0]
+    differences = {found.label: found.difference for found in summary.rows if found.difference is not None}
+    verdicts = {name: difference.verdict for name, difference in differences.items()}
+    better = ["fusedkv", "fusedkv_lite", "cla-2"]
+    one = dict.fromkeys(("gqa", "mla"), "one seed: no interval")
+    assert verdicts == {**dict.fromkeys(better, "better"), "yoco": "not distinguishable", **one}
+    numbers = []
+    for name in better:
+        pairs = differences[name].pairs
+        assert pairs is not None
+        assert pairs.interval is not None
+        seeds = {2: "two", 3: "three"}[pairs.n]
+        numbers.append([f"{-value:.3f}" for value in (pairs.mean, *reversed(pairs.interval))] + [seeds])
+    gaps = []
+    for tokens in (49e6, 490e6):
+        losses = [[at(r, tokens) for r in row(summary, name).results] for name in ("mha", "fusedkv")]
+        gaps.append(f"{(sum(losses[0]) - sum(losses[1])) / 3:.2f}")
+    said(
+        "fusedkv by {} nats (95 % interval {} to {}, {} seeds)".format(*numbers[0]),
+        "fusedkv_lite by {} ({} to {}, {} seeds)".format(*numbers[1]),
+        "cla-2 by {} ({} to {}, {} seeds)".format(*numbers[2]),
+        f"falls from {gaps[0]} nats at 49 M tokens to {gaps[1]} at 490 M",
+        text=text,
+    )
+    assert "fusedkv loses 47 % of its copying" in flat(TEXT)
+    assert "xKV at 4x costs at most 0.3 % of perplexity" in flat(TEXT)
+    said("costs at most 0.3 % of perplexity takes 47 % of the copying of fusedkv", text=text)
 
 
 def test_the_readme_has_the_same_table(summary: Summary) -> None:

@@ -1,4 +1,4 @@
-"""The numbers of docs/study.md about `studies/equal_bytes` are those of the files in docs/results."""
+"""The numbers of docs/study_results.md about `studies/equal_bytes` are those of the files in docs/results."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_table_of_half_of_the_cache(both: Summary) -> None:
         rates = [*written(short), *written(losses)]
         cells = [to_mha(found), against, f"{learned(found) / 1e6:.0f} M", copied(found)]
         expected.append([name_of(found), f"{kv['read']:.3f}", *rates, *cells])
-    _, _, *rows = table("### Twelve designs, half of the cache", "design")
+    _, _, *rows = table("## Twelve designs, half of the cache", "design")
     assert rows == expected
     assert [found[0] for found in expected if not found[-1]] == ["fusedkv_rich"]
     (other,) = (r for r in both.used if r.name.startswith("fusedkv_rich-half-lr0.003-100M"))
@@ -104,7 +104,7 @@ def test_the_table_of_a_quarter_of_the_cache(both: Summary) -> None:
         against = "" if name in ("mha", "xmla") else f"{found.loss.mean - halves[name].loss.mean:+.3f}"
         cells = [to_mha(found), against, f"{learned(found) / 1e6:.0f} M", copied(found)]
         expected.append([name, f"{kv['read']:.3f}", *rates, *cells])
-    _, _, *rows = table("### Twelve designs, a quarter of the cache", "design")
+    _, _, *rows = table("## Twelve designs, a quarter of the cache", "design")
     assert rows == expected
     assert sum(cells[2] != "" for cells in expected if cells[0] != "mha") == 7
 

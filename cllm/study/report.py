@@ -38,7 +38,8 @@ AR_LOSS = "val/ar_loss"
 _DIVERGED_NOTE = "Gradients or the last loss were not finite. Means and intervals are over the other seeds."
 _NOTES = (
     "Loss: the last validation in training, nats per token, mean ± standard error over the seeds. Difference: "
-    "loss less that of {baseline}, paired by seed, with its 95 % interval by Student's t; below 0 is better, and "
+    "loss less that of {baseline} with the same seed, the mean over the seeds that both have (if they have others "
+    "too, it is not the difference of their losses), with its 95 % interval by Student's t; below 0 is better, and "
     "the verdict is what this interval allows. Cache and read × mha: bytes of cache that are kept, and that a "
     "step of decoding reads, relative to the same model with full attention in every layer. Tokens, FLOPs and "
     "tokens/s: of one run's training."
@@ -239,7 +240,8 @@ def _curves(summary: Summary) -> list[str]:
     note = (
         "Fits of L = E + A / tokens^b to the mean validation loss after the first tenth, with 90 % intervals of a "
         "bootstrap of residuals. The learning rate falls within a run, so the curve of one run is steeper at its end "
-        "than that of longer runs; read crossings as a direction."
+        "than that of longer runs; read crossings as a direction. They are of the seeds that "
+        "both designs have, and their intervals leave out the differences between seeds."
     )
     return ["## Learning curves", markdown(columns, fitted), note]
 

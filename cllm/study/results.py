@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import yaml
 
 from cllm.data.manifest import text_label
 from cllm.errors import UserError
-from cllm.files import write_atomic
+from cllm.files import shorten, write_atomic
 from cllm.runs import DataDigests, RunFolder
 from cllm.runs.speed import median_speed
 from cllm.study.matching import CacheMatch
@@ -36,6 +37,51 @@ _TRAINING_ROWS = 60
 """Most points of the training loss that a result keeps."""
 _DIGITS = 7
 """Significant digits of numbers in curves."""
+
+
+_WHOLE, _NUMBER, _TEXT, _NOTHING = (int,), (int, float), (str,), (type(None),)
+_KEYS: dict[str, tuple[type, ...]] = {
+    "design": _TEXT,
+    "settings": (dict,),
+    "tokens": _WHOLE,
+    "seed": _WHOLE,
+    "rate": _NUMBER + _NOTHING,
+    "search": (bool,),
+    "declared": _TEXT,
+    "code": _TEXT,
+    "commit": _TEXT + _NOTHING,
+    "data": _TEXT + _NOTHING,
+    "loss": _NUMBER + _NOTHING,
+    "trained_tokens": _WHOLE,
+    "tokens_per_s": _NUMBER + _NOTHING,
+    "finished": _TEXT,
+    "match": (dict, *_NOTHING),
+    "summary": (dict,),
+    "summary.parameters": _WHOLE,
+    "summary.kv_vs_mha": (dict,),
+    "summary.kv_vs_mha.resident": _NUMBER,
+    "summary.kv_vs_mha.read": _NUMBER,
+    "summary.kv_bytes_per_token": (dict,),
+    "summary.kv_bytes_per_token.resident": _NUMBER,
+    "validation": (dict,),
+    "validation.tokens": (list,),
+    "evaluated": _TEXT + _NOTHING,
+    "evaluations": (list,),
+    "environment": (dict,),
+    "config": (dict,),
+    "config.optim": (dict,),
+    "config.optim.lr": _NUMBER,
+}
+"""The keys that a report needs, and the types of their values."""
+_NAMES = {
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+_NAMES |= {type(None): "null"}
 
 
 SUITE = "suite/"
@@ -88,9 +134,11 @@ class Result:
     def curve(self, tag: str) -> list[tuple[int, float]]:
         """(tokens, value) of a tag of validation or of a suite in training, those that were not finite left out."""
         if tag in self.suites:
-            return [(t, v) for t, v in self.suites[tag] if v is not None]
-        values = self.content["validation"].get(tag, [])
-        return [(t, v) for t, v in zip(self.content["validation"]["tokens"], values, strict=False) if v is not None]
+            points: Iterable[tuple[int, float | None]] = self.suites[tag]
+        else:
+            validation = self.content["validation"]
+            points = zip(validation["tokens"], validation.get(tag, []), strict=False)
+        return [(t, v) for t, v in points if v is not None and math.isfinite(v)]
 
 
 def evaluated_as(commands: Sequence[Sequence[str]], code: str) -> str:
@@ -103,13 +151,36 @@ def read_result(file: Path) -> Result:
     """Read a result file.
 
     Raises:
-        UserError: for a file that is not one.
+        UserError: for a file that is not one, that lacks a key, or whose name is that of another point.
     """
     content = read_object(file)
-    for key in ("design", "settings", "code", "declared", "config", "loss", "validation", "summary", "evaluations"):
-        if key not in content or content.get("format") != FORMAT:
-            raise UserError(f"{file}: not a result of a study in format {FORMAT}: {key} or format is missing or other")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{file}: format is {content.get('format')!r}; allowed: {FORMAT}, a result of a study")
+    for key, types in _KEYS.items():
+        value: Any = content
+        for part in key.split("."):
+            if part not in value:
+                raise UserError(f"{file}: not a result of a study: {key} is missing")
+            value = value[part]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise UserError(f"{file}: {key} is {shorten(repr(value), 80)}; allowed: {_allowed(types)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{file}: {key} is {value}; allowed: finite numbers")
+    if (name := point_name(content)) != file.stem:
+        raise UserError(f"{file}: has the result of the point {name}; allowed: a file of that name, {name}.json")
     return Result(file, content)
+
+
+def _allowed(types: Sequence[type]) -> str:
+    """`a number or null`."""
+    return " or ".join(_NAMES[kind] for kind in types if not (kind is int and float in types))
+
+
+def point_name(content: dict[str, Any]) -> str:
+    """The name of the point that a result declares."""
+    variant = Variant(content["design"], tuple(content["settings"].items()))
+    point = Point(variant, content["tokens"], content["seed"], content["rate"], content["declared"], content["code"])
+    return point.name
 
 
 def read_results(folder: Path) -> list[Result]:

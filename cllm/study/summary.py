@@ -50,7 +50,7 @@ class Row:
     """To the baseline; None for the baseline itself."""
     fit: Fit | None
     crossing: Crossing | None
-    """With the baseline's curve; None without both fits."""
+    """Of the mean curves over the seeds that it and the baseline have; None without both fits."""
 
     @property
     def loss(self) -> Mean:
@@ -71,9 +71,13 @@ class Row:
 
     def curve(self, tag: str) -> list[tuple[float, float]]:
         """The mean over the seeds of a tag of validation, (tokens, value), where all of them have it."""
-        values = [dict(result.curve(tag)) for result in self.results]
-        common = sorted(set.intersection(*(set(each) for each in values)))
-        return [(float(t), sum(each[t] for each in values) / len(values)) for t in common]
+        return _mean_curve(self.results, tag)
+
+
+def _mean_curve(results: Sequence[Result], tag: str = "val/loss") -> list[tuple[float, float]]:
+    values = [dict(result.curve(tag)) for result in results]
+    common = sorted(set.intersection(*(set(each) for each in values))) if values else []
+    return [(float(t), sum(each[t] for each in values) / len(values)) for t in common]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,25 +186,19 @@ def _rows(grid: Grid, by_name: dict[str, Result], searches: dict[str, Search]) -
 
 
 def _row(variant: Variant, tokens: int, found: list[Result], note: str, base: list[Result] | None) -> Row:
-    bare = Row(
-        variant=variant, tokens=tokens, results=tuple(found), note=note, difference=None, fit=None, crossing=None
-    )
-    fit = fit_curve(bare.curve("val/loss"))
     difference = across = None
     if base is not None and base is not found:
         difference = paired(_losses(found), _losses(base))
-        twin = Row(
-            variant=variant, tokens=tokens, results=tuple(base), note="", difference=None, fit=None, crossing=None
-        )
-        base_fit = fit_curve(twin.curve("val/loss"))
-        across = crossing(fit, base_fit) if fit is not None and base_fit is not None else None
+        common = _losses(found).keys() & _losses(base).keys()
+        fits = [fit_curve(_mean_curve([r for r in of if r.content["seed"] in common])) for of in (found, base)]
+        across = crossing(fits[0], fits[1]) if fits[0] is not None and fits[1] is not None else None
     return Row(
         variant=variant,
         tokens=tokens,
         results=tuple(found),
         note=note,
         difference=difference,
-        fit=fit,
+        fit=fit_curve(_mean_curve(found)),
         crossing=across,
     )
 

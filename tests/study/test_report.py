@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ from cllm.study.curves import crossing, fit_curve
 from cllm.study.figures import curves_figure
 from cllm.study.layout import Layout
 from cllm.study.report import report_data, report_text, write_report
-from cllm.study.results import read_results, with_evaluations
+from cllm.study.results import point_name, read_results, with_evaluations
 from cllm.study.statistics import Mean, paired, t_quantile
 from cllm.study.summary import summarise
 
@@ -94,6 +95,64 @@ def test_intervals_of_a_fit_contain_the_truth_about_as_often_as_they_say(noise: 
         intervals = [fit.interval(n) for n in range(3)]
         inside += [low <= value <= high for (low, high), value in zip(intervals, truth, strict=True)]
     assert all(0.8 <= share / 100 <= 0.97 for share in inside)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [
+        ("seed", [], r"seed is \[\]; allowed: a whole number"),
+        ("seed", True, "seed is True; allowed: a whole number"),
+        ("seed", 2, "has the result of the point .*-s2-"),
+        ("design", "cla", "has the result of the point cla-"),
+        ("loss", math.nan, "loss is nan; allowed: finite numbers"),
+        ("loss", "3.1", "loss is '3.1'; allowed: a number or null"),
+        ("summary", {"parameters": 1}, "summary.kv_vs_mha is missing"),
+        ("environment", None, "environment is None; allowed: a mapping"),
+        ("finished", None, "finished is None; allowed: text"),
+        ("format", 2, "format is 2; allowed: 1"),
+    ],
+)
+def test_a_result_that_was_edited_by_hand_is_left_out_with_its_key(
+    finished: Path,
+    chaos: ModuleType,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    key: str,
+    value: Any,
+    error: str,
+) -> None:
+    layout = copy_of(finished, tmp_path)
+    change(layout, "mha-lr0.002-160-s1-*", **{key: value})
+    summary = summarise(chaos.study_of(finished / "base.yaml"), read_results(layout.results))
+    assert [len(row.results) for row in summary.rows if row.label == "mha"] == [1]
+    assert re.search(f"left out: .*mha-lr0.002-160-s1-.*: {error}", caplog.text)
+
+
+def test_a_copy_of_a_result_does_not_count_as_another_point(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A seed counted twice would make intervals too narrow."""
+    layout = copy_of(finished, tmp_path)
+    one, two = (next(layout.results.glob(f"mha-lr0.002-160-s{seed}-*")) for seed in (1, 2))
+    shutil.copy(one, two)
+    assert two.stem not in {result.name for result in read_results(layout.results)}
+    assert f"allowed: a file of that name, {one.name}" in caplog.text
+
+
+def test_a_crossing_is_of_the_seeds_that_both_designs_have(finished: Path, chaos: ModuleType, tmp_path: Path) -> None:
+    study, layout = chaos.study_of(finished / "base.yaml"), copy_of(finished, tmp_path)
+    tokens = [round(16 * 1.3**n) for n in range(12)]
+
+    def curve(e: float, a: float) -> dict[str, Any]:
+        return {"validation": {"tokens": tokens, "val/loss": [e + a / t**0.5 for t in tokens]}}
+
+    change(layout, "mha-lr0.002-160-s1-*", **curve(2.0, 8.0))
+    change(layout, "cla-lr0.002-160-s1-*", **curve(2.3, 1.0))  # 7 / t^0.5 = 0.3 at t = 544
+    next(layout.results.glob("cla-lr0.002-160-s2-*")).unlink()
+    for level in (2.0, 5.0):  # the second seed of mha is one that cla does not have
+        change(layout, "mha-lr0.002-160-s2-*", **curve(level, 8.0))
+        (row,) = (row for row in summarise(study, read_results(layout.results)).rows if row.label == "cla")
+        assert row.crossing.tokens == pytest.approx((7 / 0.3) ** 2, rel=0.02)
 
 
 def change(layout: Layout, pattern: str, **values: Any) -> None:
@@ -173,7 +232,7 @@ def test_one_table_has_share_parameters_loss_and_main_scores_by_falling_share(
         records = [plain | {"spec": spec, "accuracy": accuracy} for spec, accuracy in specs.items()]
         return {"evaluations": [record | {"task": task} for record in records for task in ("all", "distance=8")]}
 
-    small = {"parameters": 1234, "kv_vs_mha": {"resident": 0.25, "read": 0.5}}
+    small = {"parameters": 1234, "kv_vs_mha": {"resident": 0.25, "read": 0.5}, "kv_bytes_per_token": {"resident": 64}}
     for design, seed, loss, accuracies in (
         ("mha", 1, 3.0, (40.0, 1.0)),
         ("mha", 2, 3.2, (44.0,)),
@@ -228,6 +287,7 @@ def test_a_report_mixes_no_versions(finished: Path, chaos: ModuleType, tmp_path:
     layout = copy_of(finished, tmp_path)
     first, second = sorted(layout.results.glob("cla-lr0.002-160-*"))
     change(layout, first.name, code="another", loss=99.0)
+    first = first.rename(first.with_stem(point_name(json.loads(first.read_text()))))
     change(layout, second.name, data="other data", loss=99.0)
     text = report_text(summarise(study, read_results(layout.results)), [])
     assert "| cla " not in text.split("## Learning rates")[0]

@@ -73,15 +73,24 @@ def make_parser(program: str) -> ConfigParser:
 @stoppable("the same command goes on")
 def main(argv: list[str] | None = None, *, program: str = "cllm study") -> int:
     """Run the command line; returns its exit status: 3 if work is left, 1 if points failed."""
-    options, overrides = make_parser(program).parse_settings(argv)
+    parser = make_parser(program)
+    options, overrides = parser.parse_settings(argv)
     logging.basicConfig(format="%(message)s")
     actions = [name for name in ("dry_run", "status", "slurm", "report") if getattr(options, name)]
     if len(actions) > 1:
         raise UserError(" and ".join(f"--{name.replace('_', '-')}" for name in actions) + ": allowed: one of them")
     from cllm.study.layout import Layout, study_folder
-    from cllm.study.schema import load_study
+    from cllm.study.schema import load_study, parse_duration
 
     study = load_study(options.study, overrides)
+    if options.stop_after is not None:
+        parse_duration(options.stop_after)
+    if options.slurm:
+        for option in ("devices", "workers"):
+            if (value := getattr(options, option)) != parser.get_default(option):
+                raise UserError(
+                    f"--{option} {value} has no effect with --slurm: every task has the GPU that SLURM gives it"
+                )
     for name in options.only:
         if name not in study.designs:
             raise UserError(f"--only {name}: not a design of the study; {nearest(name, study.designs)}")
@@ -92,13 +101,13 @@ def main(argv: list[str] | None = None, *, program: str = "cllm study") -> int:
         for path in write_report(study, layout, only=options.only):
             print(f"written: {path}")
         return 0
+    _check_evaluations(study)
     if options.slurm:
         from cllm.study.slurm import array_script
 
         layout.state.mkdir(parents=True, exist_ok=True)  # SLURM does not make the folder of its logs
         print(array_script(study, _task_command(options, overrides, layout), layout.state), end="")
         return 0
-    _check_evaluations(study)
     return _work(options, study, layout)
 
 

@@ -299,8 +299,11 @@ class Study(Section):
         """The seeds of a design. Raises `ValueError` if it has none."""
         if isinstance(self.seeds, list):
             return self.seeds
-        if not (found := by_design(self.seeds, design)):
+        found = by_design(self.seeds, design)
+        if found is None:
             raise ValueError(f"seeds has neither {design} nor default")
+        if not found:
+            raise ValueError(f"seeds of {design} are []; allowed: at least one")
         return found
 
 
@@ -362,4 +365,6 @@ def parse_duration(text: str) -> float:
         hours, minutes, seconds = (float(part or 0) for part in match.groups())
     except ValueError:
         raise UserError(f"--stop-after is {text!r}; allowed: a time such as 25m, 1h30m or 90s") from None
-    return 3600 * hours + 60 * minutes + seconds
+    if (total := 3600 * hours + 60 * minutes + seconds) <= 0:
+        raise UserError(f"--stop-after is {text!r}, in which nothing could run; allowed: a time above 0, such as 25m")
+    return total

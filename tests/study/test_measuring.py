@@ -64,8 +64,7 @@ def test_records_of_other_words_or_another_version_are_measured_again(point) -> 
 def test_a_result_gets_the_records_of_what_has_ended(finished: Path, chaos: ModuleType, tmp_path: Path, point) -> None:
     job, folder, *_ = point
     study_point.main([str(job)])
-    result = tmp_path / "result.json"
-    shutil.copy(next((finished / "results").glob("*.json")), result)
+    result = Path(shutil.copy(next((finished / "results").glob("*.json")), tmp_path))
     content = json.loads(result.read_text())
     result.write_text(json.dumps(content | {"evaluated": None, "evaluations": []}))
     kept = keep_records(result, folder, MARKS)

@@ -563,6 +563,38 @@ def test_the_folder_of_an_arrays_logs_exists_before_it_starts(tmp_path: Path, ca
     assert (tmp_path / "my study" / "state").is_dir()
 
 
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--stop-after", "soon"], "--stop-after is 'soon'; allowed: a time such as 25m"),
+        (["--stop-after", "0m"], "--stop-after is '0m', in which nothing could run"),
+        (["--devices", "7"], "--devices 7 has no effect with --slurm"),
+        (["--workers", "2"], "--workers 2 has no effect with --slurm"),
+    ],
+)
+def test_a_mistake_is_an_error_before_an_array_has_it(
+    tmp_path: Path, capsys: Any, words: list[str], error: str
+) -> None:
+    """Every task would fail at night, or end at once and be queued again."""
+    study = str(ROOT / "configs/studies/cpu.yaml")
+    assert main([study, "--slurm", "--out", str(tmp_path / "study"), *words]) == 2
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_suites_of_an_array_are_checked_before_it_starts(tmp_path: Path, capsys: Any) -> None:
+    text = (ROOT / "configs/studies/cpu.yaml").read_text()
+    study = tmp_path / "s.yaml"
+    study.write_text(text.split("\nevaluate:")[0] + "\nevaluate: {suites: [copyng]}\n")
+    assert main([str(study), "--slurm", "--out", str(tmp_path / "study")]) == 2
+    assert "evaluate: --suite copyng: " in capsys.readouterr().err
+
+
+def test_a_design_with_an_empty_list_of_seeds_is_named() -> None:
+    with pytest.raises(ValueError, match=r"seeds of mha are \[\]; allowed: at least one"):
+        Study(name="s", base=["x"], designs={"mha": {}}, tokens=1, seeds={"default": []})
+
+
 # ---- the shipped studies
 
 

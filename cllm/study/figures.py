@@ -16,6 +16,8 @@ from cllm.study.summary import Row, Score, Summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_MOST_TILTED = 15
+"""More labels of designs stand upright, or they would cover each other."""
 _MOST_SCORES = 12
 """Evaluations that the figure of scores shows."""
 _TITLE_WIDTH = 52
@@ -104,7 +106,9 @@ def scores_figure(summary: Summary) -> Figure | None:
         axes.set_title(textwrap.fill(title, _TITLE_WIDTH), loc="left", fontsize=7)
         for i, (label, mean) in enumerate(means.items()):
             axes.errorbar(i, mean.mean, yerr=_bar(mean), fmt="o", color=colour[label], markersize=5, capsize=3)
-        axes.set_xticks(range(len(means)), list(means), rotation=40, ha="right", fontsize=7)
+        upright: dict[str, Any] = {"rotation": 90, "fontsize": max(3.0, min(7.0, 170 / len(means)))}
+        tilted: dict[str, Any] = {"rotation": 40, "ha": "right", "fontsize": 7}
+        axes.set_xticks(range(len(means)), list(means), **(upright if len(means) > _MOST_TILTED else tilted))
         axes.tick_params(axis="y", labelsize=7)
         axes.grid(axis="y", color="0.92", linewidth=0.8)
     return figure

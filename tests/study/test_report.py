@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,12 +19,13 @@ from cllm.errors import UserError
 from cllm.evaluate.suites.choice import parse_choice
 from cllm.evaluate.suites.registry import suites
 from cllm.study.curves import crossing, fit_curve
-from cllm.study.figures import curves_figure
+from cllm.study.figures import curves_figure, scores_figure
 from cllm.study.layout import Layout
+from cllm.study.points import Variant
 from cllm.study.report import report_data, report_text, write_report
 from cllm.study.results import point_name, read_results, with_evaluations
 from cllm.study.statistics import Mean, paired, t_quantile
-from cllm.study.summary import summarise
+from cllm.study.summary import Score, Summary, summarise
 
 # ---- statistics
 
@@ -309,6 +311,22 @@ def test_the_legend_names_the_lines_in_the_order_of_their_ends(
     names = [text.get_text() for text in legend.get_texts()]
     assert names == sorted(names, key=lambda name: -losses[name][-1])
     assert len(names) > 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 30])
+def test_labels_of_scores_do_not_cover_each_other(summary: Summary, count: int) -> None:
+    names = [f"fusedkv_rich-{n:02d}" for n in range(count)]
+    score = Score(suite="copying", label="copying", head="accuracy %", form=str)
+    rows = tuple(replace(summary.rows[0], variant=Variant(name)) for name in names)
+    means = {name: Mean.of([1.0, 2.0]) for name in names}
+    figure = scores_figure(replace(summary, rows=rows, scores=((score, means),)))
+    figure.draw_without_rendering()
+    labels = figure.axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == names
+    step = (labels[-1].get_window_extent().x1 - labels[0].get_window_extent().x1) / max(1, count - 1)
+    height = labels[0].get_fontsize() * figure.dpi / 72
+    angle = math.radians(labels[0].get_rotation())
+    assert count == 1 or step * math.sin(angle) >= 0.99 * height, "the distance of parallel lines of text"
 
 
 def test_suites_in_training_are_drawn_over_tokens(finished: Path, chaos: ModuleType, tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from benchmarks.kernels.table import Table, rand
 from benchmarks.record import Row
 from benchmarks.timing import replayed_ms
 from cllm.kernels.decode import Stored, Visible, decode_attention_reference
-from cllm.kernels.split_decode import Tiles
-from cllm.kernels.split_tied import TiedTiles
+from cllm.kernels.split_decode import AnyTiles
 
 LARGEST_ERROR = 2**-5
 """Of a head, relative to its largest number. Results are rounded to bf16; matrix products round keys too."""
@@ -43,11 +42,11 @@ class Checked:
         ]
         self.wanted = torch.cat(rows)
 
-    def run(self, tiles: Tiles | TiedTiles, number: int = 0) -> Tensor:
+    def run(self, tiles: AnyTiles, number: int = 0) -> Tensor:
         """Attention (B, H, sum of E) over one of the sets of slots."""
         return run_tiles(self.queries, *self.sets[number], self.visible, self.case.scale, tiles)
 
-    def measure(self, table: Table, copy: float, name: str, tiles: Tiles | TiedTiles) -> Row:
+    def measure(self, table: Table, copy: float, name: str, tiles: AnyTiles) -> Row:
         """Add a row: ms, the share of the copy's rate and the largest error. Infinite ms: it failed or is wrong.
 
         Args:

@@ -15,6 +15,7 @@ from benchmarks.timing import BF16, replayed_ms
 from cllm.config import Rope
 from cllm.kernels import split_decode
 from cllm.kernels.decode import Stored, Visible, decode_attention, rotation_of
+from cllm.kernels.split_latent import LatentTiles
 from cllm.kernels.split_tied import TiedTiles
 from cllm.model.rope import rope_table
 
@@ -110,7 +111,7 @@ def _bench_case(table: Table, case: Decode, copy: float, sweep: bool) -> None:
     rotation = rotation_of(sets[0][0])
     default = split_decode.best_tiles(queries, k, k_scales, v, v_scales, None, rotation)
     time(f"triton, {_tiles(default)}", triton())
-    if isinstance(default, TiedTiles):
+    if not isinstance(default, split_decode.Tiles):
         default = split_decode.tiles_for(queries, k, v, None, rotation)[0]
         time(f"triton, {_tiles(default)}", triton(default))
     if case.h == case.g and rotation is None:
@@ -164,7 +165,7 @@ def run_tiles(
     values: list[Stored],
     visible: Visible,
     scale: float,
-    tiles: split_decode.Tiles | TiedTiles,
+    tiles: split_decode.AnyTiles,
 ) -> Tensor:
     """(B, H, sum of E): one call of the Triton kernel that `tiles` are of."""
     seen = (visible.column, visible.first, visible.window, visible.exclude_self)
@@ -184,9 +185,11 @@ def _torch(queries: list[Tensor], keys: Tensor, values: Tensor, scale: float) ->
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _tiles(tiles: split_decode.Tiles | TiedTiles) -> str:
+def _tiles(tiles: split_decode.AnyTiles) -> str:
     if isinstance(tiles, TiedTiles):
         return f"tied parts{tiles.parts} splits{tiles.splits} warps{tiles.num_warps} stages{tiles.num_stages}"
+    if isinstance(tiles, LatentTiles):
+        return f"latent on Hopper splits{tiles.splits}"
     form = " elementwise" if tiles.elementwise else ""
     return f"N{tiles.block_n} splits{tiles.splits} warps{tiles.num_warps} stages{tiles.num_stages}{form}"
 

@@ -22,6 +22,7 @@ from cllm.errors import UserError, nearest
 from cllm.kernels import split_decode
 from cllm.kernels.limits import Limits, device_limits
 from cllm.kernels.split_decode import Tiles
+from cllm.kernels.split_latent import LatentTiles
 from cllm.key_values import read_options
 
 PRINTED = 12
@@ -107,7 +108,15 @@ def _rule(call: Checked) -> Tiles:
     return split_decode.tiles_for(call.queries, k, v, None)[0]
 
 
-def name_of(tiles: Tiles) -> str:
+def _special(call: Checked) -> LatentTiles | None:
+    """Tiles by rule of the kernel for latents on Hopper GPUs, if it computes the call."""
+    best = split_decode.best_tiles(call.queries, *unpacked(*call.sets[0]), None)
+    return best if isinstance(best, LatentTiles) else None
+
+
+def name_of(tiles: Tiles | LatentTiles) -> str:
+    if isinstance(tiles, LatentTiles):
+        return f"for Hopper, splits{tiles.splits}"
     return f"N{tiles.block_n} splits{tiles.splits} warps{tiles.num_warps} stages{tiles.num_stages}"
 
 
@@ -142,6 +151,9 @@ def bench_latent(
             break
         each = (replace(form, splits=splits) for splits in splits_for(shape, form, limits))
         rows.append(fastest(call.measure(table, copy, name_of(tiles), tiles) for tiles in each))
+        print_row(rows[-1])
+    if (special := _special(call)) is not None:
+        rows.append(call.measure(table, copy, f"{name_of(special)}, by rule", special))
         print_row(rows[-1])
     rows.append(call.measure(table, copy, f"{name_of(by_rule)}, by rule, again", by_rule))
     _print_best(rows, call.case.bytes() / copy * 1000)

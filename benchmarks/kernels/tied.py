@@ -12,7 +12,7 @@ from benchmarks.kernels.table import Table
 from benchmarks.record import Row
 from cllm.kernels import split_decode
 from cllm.kernels.decode import rotation_of
-from cllm.kernels.split_decode import Tiles
+from cllm.kernels.split_decode import AnyTiles
 from cllm.kernels.split_tied import TiedTiles
 
 CASE = Decode(name="tied, 4 x 16 heads", latent=True, rope=True)
@@ -33,7 +33,7 @@ SPLITS = (4, 6, 8, 10, 12, 16, 24, 32)
 """Of programs of four warps; with fewer warps there are as many more."""
 
 
-def _rules(call: Checked) -> dict[str, TiedTiles | Tiles]:
+def _rules(call: Checked) -> dict[str, AnyTiles]:
     """Tiles by rule: of the kernel that rotates keys and multiplies matrices, and of the one that is chosen."""
     k, k_scales, v, v_scales = unpacked(*call.sets[0])
     rotation = rotation_of(call.sets[0][0])

@@ -11,6 +11,9 @@ triton_decode.py     split-KV flash decoding in Triton
 chunks.py            parts of keys and values as chunks of channels
 split_tied.py        launches the kernel of triton_tied.py
 triton_tied.py       decoding of tied slots in Triton, for one or two query heads for each KV head
+split_latent.py      launches the kernel of gluon_latent.py
+gluon_latent.py      decoding of a latent in Gluon, for Hopper GPUs
+hopper.py            Gluon, as those kernels import it, and where it can be used
 limits.py            resources of a device, and how many programs fill it
 lowrank_decode.py    attention of one new token over tokens stored as low-rank factors
 split_lowrank.py     launches the Triton kernels of lowrank_decode.py

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="import-not-found,import-untyped,assignment"
+# mypy: disable-error-code="assignment"
 # ruff: noqa: RUF005 - the kernels' language adds tuples and does not unpack them
 """Scores of keys rebuilt from low-rank factors, for Hopper GPUs, in Gluon (Triton's layer for layouts, TMA and wgmma).
 
@@ -23,38 +23,16 @@ Shapes: B batch, S compressed tokens, H query heads, G KV heads, D channels of a
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
-SUPPORTED_VERSIONS = ("3.6", "3.7")
-"""Versions of Triton whose Gluon these kernels are written for. Gluon may still change between versions."""
-MISSING: str | None = None
-"""The reason why Gluon cannot be used, or None."""
-try:
-    import triton
-    from triton.experimental import gluon
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.language.nvidia.hopper import (
-        fence_async_shared,
-        mbarrier,
-        tma,
-        warpgroup_mma,
-        warpgroup_mma_init,
-        warpgroup_mma_wait,
-    )
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    jit = gluon.jit
-    if ".".join(triton.__version__.split(".")[:2]) not in SUPPORTED_VERSIONS:
-        MISSING = f"Gluon of triton {triton.__version__}; supported are those of {' and '.join(SUPPORTED_VERSIONS)}"
-except ImportError as error:  # no Triton, or an older one
-    MISSING = " ".join(str(error).split())
-
-    def jit(fn: Any) -> Any:
-        """Without Gluon the kernels below are plain functions, and never called."""
-        return fn
-
+from cllm.kernels.hopper import (
+    fence_async_shared,
+    gl,
+    jit,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
 
 TILE = 64
 """Tokens of a tile: the rows of one product of a warpgroup. Written as 64 in the kernels, which cannot read globals."""
@@ -65,12 +43,6 @@ STRETCHES = (256, 512, 1024)
 NODES = (10, 79, 176, 245)
 """Tokens of the shortest stretch between which scores are interpolated: the nodes of the Chebyshev polynomial of degree
 4, rounded. The numbers in `_weights` belong to them. A stretch n times as long has them at n times these tokens."""
-
-
-def tma_descriptor(factor: Tensor, rows: int, ranks: int) -> Any:
-    """The TMA descriptor of a contiguous factor (B, n, r) of 16 bits: (B · n, r) in tiles of `rows` by `ranks`."""
-    layout = gl.NVMMASharedLayout(2 * ranks, 16)
-    return TensorDescriptor.from_tensor(factor.view(-1, factor.shape[-1]), [rows, ranks], layout)
 
 
 @jit

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cllm.kernels import gluon_lowrank, triton_decode, triton_nodes
+from cllm.kernels import gluon_lowrank, hopper, triton_nodes
 from cllm.kernels.gluon_lowrank import NODES, STRETCHES, TILE
 from cllm.kernels.limits import Limits, next_power_of_2
 from cllm.kernels.selection import Table
@@ -119,7 +119,7 @@ def resident_tiles(
     """Tiles for keys with factors `a` (B, S, r) and `b` (B, G · D, r) and `query` (B, H, D), or None: unsupported."""
     if table.turn is None:  # a tile's first position and the distance from it are two rows of the table
         return None
-    if gluon_lowrank.MISSING is not None or triton_decode.INTERPRETED or not _is_hopper(query.device):
+    if not hopper.is_usable(query.device):
         return None
     sixteen = query.element_size() == a.element_size() == 2 and query.dtype == a.dtype
     if not sixteen or not (a.is_contiguous() and b.is_contiguous()) or a.data_ptr() % 16 or b.data_ptr() % 16:
@@ -130,11 +130,6 @@ def resident_tiles(
         dim=dim, groups=groups, heads=n_heads // groups, rank=a.shape[2], tokens=a.shape[1], batch=batch, turn=turn,
         limits=limits,
     )  # fmt: skip
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def launch(
@@ -159,9 +154,9 @@ def launch(
     if tiles.interpolates:
         fast = dim // 4
         nodes = project_nodes(tiles, query, b, table, first, tokens, groups)
-        w = gluon_lowrank.tma_descriptor(nodes, tiles.columns(heads), tiles.ranks)
+        w = hopper.tma_descriptor(nodes, tiles.columns(heads), tiles.ranks)
     gluon_lowrank.resident_scores[(packs * programs_per_pack(batch=batch, packs=packs, limits=limits), batch)](
-        query, gluon_lowrank.tma_descriptor(a, TILE, tiles.ranks), gluon_lowrank.tma_descriptor(b, fast, tiles.ranks),
+        query, hopper.tma_descriptor(a, TILE, tiles.ranks), hopper.tma_descriptor(b, fast, tiles.ranks),
         w, cos, sin, first, scores, query.stride()[:2], cos.stride(0), scores.stride()[:2], tokens, log2_scale,
         G=groups, HEADS=heads, ROOM=room, HALF=dim // 2, FAST=fast, PACK=tiles.pack, RANK=rank, RANKS=tiles.ranks,
         STAGES=tiles.stages, TILES=tiles.stretch // TILE, ADD=add, num_warps=4, maxnreg=_REGISTERS,

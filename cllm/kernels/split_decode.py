@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cllm.kernels import split_tied, triton_decode
+from cllm.kernels import split_latent, split_tied, triton_decode
 from cllm.kernels.chunks import Chunk, argument, channels, chunks_of, key_chunk_of, out_starts
 from cllm.kernels.limits import Limits, balanced_splits, device_limits, next_power_of_2
+from cllm.kernels.split_latent import LatentTiles
 from cllm.kernels.split_tied import TiedTiles
 
 FLOAT8 = torch.float8_e4m3fn
@@ -39,6 +40,10 @@ class Tiles:
     """Tiles in shared memory: one in use, the others being loaded."""
     elementwise: bool = False
     """Multiply and add in fp32 instead of tensor-core products; only for one query head for each KV head."""
+
+
+AnyTiles = Tiles | TiedTiles | LatentTiles
+"""Tiles of one of the kernels that `run` launches."""
 
 
 class Rotation(NamedTuple):
@@ -193,19 +198,17 @@ def best_tiles(
     value_scales: Sequence[Tensor | None],
     window: int | None,
     rotation: Rotation | None = None,
-) -> Tiles | TiedTiles:
-    """Tiles by rule for the arguments of `run`: of the kernel of tied slots, if it computes the call."""
-    rotated = () if rotation is None else rotation.parts
-    if not split_tied.supports(queries, keys, key_scales, values, value_scales, rotated):
-        return tiles_for(queries, keys, values, window, rotation)[0]
+) -> AnyTiles:
+    """Tiles by rule for the arguments of `run`: of the kernel of tied slots or of latents, if one computes the call."""
+    arguments = (queries, keys, key_scales, values, value_scales, () if rotation is None else rotation.parts)
     batch, length, groups, dim = keys[0].shape
-    return split_tied.choose_tiles(
-        groups=batch * groups,
-        dim=dim,
-        size=keys[0].element_size(),
-        columns=min(length, window or length),
-        limits=device_limits(queries[0].device),
-    )
+    columns, limits = min(length, window or length), device_limits(queries[0].device)
+    if split_tied.supports(*arguments):
+        size = keys[0].element_size()
+        return split_tied.choose_tiles(groups=batch * groups, dim=dim, size=size, columns=columns, limits=limits)
+    if split_latent.supports(*arguments):
+        return split_latent.choose_tiles(batch=batch, columns=columns, limits=limits)
+    return tiles_for(queries, keys, values, window, rotation)[0]
 
 
 def run(
@@ -219,7 +222,7 @@ def run(
     window: int | None,
     exclude_self: bool,
     scale: float,
-    tiles: Tiles | TiedTiles | None = None,
+    tiles: AnyTiles | None = None,
     log_sum: Tensor | None = None,
     rotation: Rotation | None = None,
 ) -> Tensor:
@@ -237,13 +240,17 @@ def run(
     length, groups = keys[0].shape[1:3]
     heads = n_heads // groups
     arguments = (queries, keys, key_scales, values, value_scales)
+    rotated = () if rotation is None else rotation.parts
     if tiles is None:
         tiles = best_tiles(*arguments, window, rotation)
     elif isinstance(tiles, TiedTiles):
-        if not split_tied.supports(*arguments, () if rotation is None else rotation.parts):
+        if not split_tied.supports(*arguments, rotated):
             raise ValueError(
                 "tiles of tied slots are for one key part before RoPE that is the value, and few query heads"
             )
+    elif isinstance(tiles, LatentTiles):
+        if not split_latent.supports(*arguments, rotated):
+            raise ValueError("tiles of a latent are for a latent of 512 + 64 channels and few query heads, on Hopper")
     elif tiles.elementwise and heads > 1:
         raise ValueError(f"elementwise tiles are for one query head a KV head, not {heads}")
     elif tiles.elementwise and rotation is not None:
@@ -258,6 +265,8 @@ def run(
         split_tied.launch(
             tiles, queries[0], keys[0], key_scales[0], rotation.cos, rotation.sin, *seen, partial, log_sums
         )  # fmt: skip
+    elif isinstance(tiles, LatentTiles):
+        split_latent.launch(tiles, queries, keys, *seen, partial, log_sums)
     else:
         _launch(tiles, *arguments, rotation, *seen, partial, log_sums)
     _merge_splits(partial, log_sums, out, log_sum)

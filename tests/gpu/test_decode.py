@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from cllm.config import Rope
-from cllm.kernels import split_decode, triton_decode
+from cllm.kernels import hopper, split_decode, triton_decode
 from cllm.kernels.decode import Stored, Visible, decode_attention, decode_attention_reference, rotation_of
+from cllm.kernels.split_decode import AnyTiles
+from cllm.kernels.split_latent import LatentTiles
 from cllm.kernels.split_tied import TiedTiles
 from cllm.model.rope import rope_table
 
@@ -72,6 +74,13 @@ CASES = [
     Case(column=7000, window=700),
     Case(window=100, exclude_self=True, first=(0, 2450, 2500)),
     Case(**LATENT, column=7000, first=(0, 6990, 7001)),
+    Case(**LATENT, column=7000, window=700, exclude_self=True),
+    Case(**LATENT, column=7000, exclude_self=True, h=1),
+    Case(**LATENT, column=2500, first=(0, 2499, 1), window=2000, h=13),
+    Case(**LATENT, s=64, column=1000),
+    Case(**LATENT, s=1, column=9),
+    Case(**LATENT, column=0, exclude_self=True),
+    Case(**LATENT, s=30000, column=29999),
     Case(column=0),
     Case(column=0, exclude_self=True),
     Case(s=1, column=9),
@@ -158,7 +167,7 @@ def assert_close(found, wanted, dtype) -> None:
         assert error <= relative * largest + 1e-6, f"error {error:.2e}, largest {largest:.2e}"
 
 
-def check(case: Case, device, dtype, float8: bool = False, tiles: TiedTiles | None = None, **run) -> None:
+def check(case: Case, device, dtype, float8: bool = False, tiles: AnyTiles | None = None, **run) -> None:
     queries, keys, values, visible = arguments = call(case, device, dtype, float8)
     exact = [q.float() for q in queries]
     wanted = decode_attention_reference(exact, keys, values, visible, scale=scale_of(case))
@@ -214,6 +223,24 @@ def test_tied_form(gpu, case, tiles, splits):
     """In bf16, whose two numbers of one register are taken apart, and in fp8."""
     for float8 in (False, torch.cuda.get_device_capability(gpu) >= (8, 9)):
         check(case, gpu, torch.bfloat16, float8, replace(tiles, splits=splits))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 33, 132])
+@pytest.mark.parametrize("case", [c for c in CASES if c.d == (512, 64) and c.h <= 16], ids=str)
+def test_latent_form(gpu, case, splits):
+    """By the kernel for Hopper, which is the one that the rule chooses, and with other numbers of splits."""
+    if not hopper.is_usable(gpu):
+        pytest.skip("needs a Hopper GPU and Gluon")
+    queries, keys, values, visible = call(case, gpu, torch.bfloat16)
+    parts = ([x.data for x in keys], [x.scale for x in keys], [x.data for x in values], [x.scale for x in values])
+    assert isinstance(split_decode.best_tiles(queries, *parts, visible.window), LatentTiles)
+    for dtype in (torch.bfloat16, torch.float16):
+        check(case, gpu, dtype, tiles=LatentTiles(splits=splits))
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.d == (512, 64)], ids=str)
+def test_latent_by_the_kernel_for_every_gpu(gpu, case):
+    check(case, gpu, torch.bfloat16, block_n=32, splits=7)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 33, 256])

@@ -58,7 +58,7 @@ def test_kernels_compile_and_fit(capability: int) -> None:
         "multiply",
     }
     if capability == 90:
-        names |= {"resident_scores", "project_nodes"}
+        names |= {"resident_scores", "project_nodes", "split_latent"}
     assert {made["name"] for made in kernels} - {"split_elementwise"} == names
     for made in kernels:
         assert made["shared"] <= DEVICES[capability][1], made
@@ -87,7 +87,7 @@ def compile_everything(capability: int) -> None:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from cllm.kernels import few_rows, resident_lowrank, split_decode, split_lowrank
+    from cllm.kernels import few_rows, hopper, split_decode, split_lowrank
 
     class Device:
         def get_current_target(self) -> GPUTarget:
@@ -121,8 +121,9 @@ def compile_everything(capability: int) -> None:
     merge_outputs()
     multiply_few_rows()
     if capability == 90:
-        resident_lowrank._is_hopper = lambda device: True  # type: ignore[assignment]
+        hopper._is_hopper = lambda device: True  # type: ignore[assignment]
         decode_resident_factors()
+        decode_latents()
     compiled: dict[str, set[Any]] = {}
     JITFunction.run = count_only
     decode_longer_and_longer()
@@ -176,6 +177,23 @@ def decode(*, fp8: bool) -> None:
     latent, rope = drawn(1, 1024, 1, 512), drawn(1, 1024, 1, 64)
     queries = [drawn(1, 16, 512), drawn(1, 16, 64)]
     split_decode.run(queries, [latent, rope], [None] * 2, [latent], [None], column, None, None, False, 0.1)
+
+
+def decode_latents() -> None:
+    """By the kernel for Hopper GPUs; few and many heads, both dtypes, padding, windows."""
+    from cllm.kernels import split_decode
+
+    column = torch.tensor([900])
+    for heads, dtype, first, window in (
+        (16, torch.bfloat16, None, None),
+        (16, torch.float16, torch.tensor([3, 5]), 700),
+        (1, torch.bfloat16, None, 700),
+    ):
+        latent, rope = drawn(2, 1024, 1, 512).to(dtype), drawn(2, 1024, 1, 64).to(dtype)
+        queries = [drawn(2, heads, 512).to(dtype), drawn(2, heads, 64).to(dtype)]
+        split_decode.run(
+            queries, [latent, rope], [None] * 2, [latent], [None], column, first, window, window is not None, 0.1
+        )
 
 
 def rotate_keys() -> None:

@@ -19,7 +19,7 @@ import torch
 
 from cllm.config import Rope
 from cllm.errors import UserError
-from cllm.kernels import gather, gluon_lowrank, resident_lowrank, split_lowrank
+from cllm.kernels import gather, gluon_lowrank, hopper, resident_lowrank, split_lowrank
 from cllm.kernels.choice import log_once
 from cllm.kernels.decode import Visible
 from cllm.kernels.gluon_lowrank import NODES, STRETCHES, TILE
@@ -418,8 +418,8 @@ def test_tensors_that_resident_programs_support(monkeypatch):
     limits, a, b = Limits(), torch.zeros(1, 20_000, 96).bfloat16(), torch.zeros(1, 512, 96).bfloat16()
     q, near = torch.zeros(1, 8, 128).bfloat16(), Table(torch.ones(20_000, 64), torch.zeros(20_000, 64), 0.01)
     assert resident_tiles(q, a, b, near, 4, limits) is None, "the tensors are on the CPU"
-    monkeypatch.setattr(resident_lowrank, "_is_hopper", lambda device: True)
-    monkeypatch.setattr(resident_lowrank.gluon_lowrank, "MISSING", None)
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(hopper, "MISSING", None)
     assert resident_tiles(q, a, b, near, 4, limits) == choose_resident(
         dim=128, groups=4, heads=2, rank=96, tokens=20_000, batch=1, turn=0.01, limits=limits
     )
@@ -434,7 +434,7 @@ def test_tensors_that_resident_programs_support(monkeypatch):
     assert resident_tiles(q, a[..., :88], b[..., :88], near, 4, limits) is None, "rows that are not side by side"
     shifted = torch.zeros(1 + a.numel()).bfloat16()[1:].view_as(a)
     assert resident_tiles(q, shifted, b, near, 4, limits) is None, "an address that is no multiple of 16 bytes"
-    monkeypatch.setattr(resident_lowrank.gluon_lowrank, "MISSING", "Gluon of triton 9.9")
+    monkeypatch.setattr(hopper, "MISSING", "Gluon of triton 9.9")
     assert resident_tiles(q, a, b, near, 4, limits) is None
 
 

@@ -1,0 +1,123 @@
+"""Launches the kernel of `gluon_latent`: supported calls, splits, and the launch.
+
+Shapes: B batch, S entries, H query heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cllm.kernels import gluon_latent, hopper
+from cllm.kernels.limits import Limits
+
+TILE = 64
+"""Tokens of a tile, and channels of a slab. Written as 64 in the kernel, which cannot read globals."""
+RANK, ROPE = 512, 64
+"""Channels of the latent and of its RoPE key: the only ones that are measured. A rank of 512 is eight slabs."""
+MAX_HEADS = 16
+"""Query heads. More would need more registers, and as rows they would fill a product."""
+_PER_PART, _RING = 3, 8
+"""Slabs of a part, and parts in shared memory: 192 KiB, of which a tile takes 72."""
+_REGISTERS = 240
+"""Registers of a thread that computes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentTiles:
+    """How one call is divided among programs, one for each multiprocessor at a time."""
+
+    splits: int
+    """Programs that share the entries of one sequence."""
+
+
+def shared_bytes() -> int:
+    """Bytes of shared memory of a program: the ring, the queries, the weights of a tile, barriers and sums of warps."""
+    ring = _RING * _PER_PART * TILE * TILE
+    return 2 * (ring + MAX_HEADS * (RANK + ROPE) + MAX_HEADS * TILE) + 8 * 2 * _RING + 1024
+
+
+def supports(
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    key_scales: Sequence[Tensor | None],
+    values: Sequence[Tensor],
+    value_scales: Sequence[Tensor | None],
+    rotated: Sequence[int],
+) -> bool:
+    """Whether the kernel computes this call.
+
+    It needs a Hopper GPU and Gluon; a latent of 512 channels, which is the value too, with a RoPE key of 64, both after
+    RoPE; one KV head of at most 16 query heads; and one dtype of 16 bits. TMA needs slots whose rows are side by side,
+    at addresses that are multiples of 16 bytes.
+
+    `rotated` are the key parts that are stored before RoPE.
+    """
+    if [x.shape[2:] for x in keys] != [(1, RANK), (1, ROPE)] or len(values) != 1 or not values[0].is_set_to(keys[0]):
+        return False
+    dtype = queries[0].dtype
+    if any(scale is not None for scale in (*key_scales, *value_scales)) or rotated or queries[0].shape[1] > MAX_HEADS:
+        return False
+    if dtype not in (torch.bfloat16, torch.float16) or any(x.dtype != dtype for x in (*queries, *keys)):
+        return False
+    if any(not x.is_contiguous() or x.data_ptr() % 16 or x.shape[0] * x.shape[1] >= 2**31 for x in keys):
+        return False
+    return hopper.is_usable(queries[0].device)
+
+
+@functools.cache
+def choose_tiles(*, batch: int, columns: int, limits: Limits) -> LatentTiles:
+    """Splits by rule: the number with which the last program ends first, and of such the smallest.
+
+    A multiprocessor has one program at a time. A program takes as long as two tiles in addition to its own: to start,
+    and to write its result.
+
+    Args:
+        batch: sequences.
+        columns: maximum number of columns that a token can see.
+        limits: resources of the device.
+    """
+    tiles = -(-columns // TILE)
+
+    def time(splits: int) -> int:
+        return -(-batch * splits // limits.processors) * (-(-tiles // splits) + 2)
+
+    return LatentTiles(splits=min(range(1, min(tiles, 256) + 1), key=lambda splits: (time(splits), splits)))
+
+
+def launch(
+    tiles: LatentTiles,
+    queries: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    column: Tensor,
+    first: Tensor | None,
+    window: int,
+    exclude_self: bool,
+    log2_scale: float,
+    partial: Tensor,
+    log_sums: Tensor,
+) -> Any:
+    """Write the results of all splits, `partial` (B, H, splits, 512) and `log_sums` (B, H, splits), for `merge`.
+
+    Args:
+        queries: (B, H, 512) and (B, H, 64).
+        keys: the latent (B, S, 1, 512) and the RoPE key (B, S, 1, 64).
+        window: number of columns that a token sees, at most S.
+        log2_scale: the factor on scores, times log2 e.
+
+    Returns:
+        The compiled kernel.
+    """
+    batch, length = keys[0].shape[:2]
+    descriptors = [hopper.tma_descriptor(x, TILE, TILE) for x in keys]
+    return gluon_latent.split_latent[(tiles.splits, batch)](
+        *queries, *descriptors, queries[0].stride()[:2], queries[1].stride()[:2], column, first, partial, log_sums,
+        length, window, log2_scale,
+        HEADS=queries[0].shape[1], BLOCK_H=MAX_HEADS, SLABS=RANK // TILE + 1, PER_PART=_PER_PART, RING=_RING,
+        EXCLUDE_SELF=exclude_self, num_warps=4, maxnreg=_REGISTERS,
+    )  # fmt: skip

@@ -101,18 +101,24 @@ def test_a_program_fits_into_shared_memory() -> None:
     assert split_latent.shared_bytes() <= Limits().shared
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4, 16, 66, 100, 133, 500])
+@pytest.mark.parametrize("batch", [1, 3, 4, 9, 16, 66, 100, 133, 500])
 @pytest.mark.parametrize("columns", [1, 64, 1024, 30_000, 131_072])
-def test_splits_fill_the_device(batch: int, columns: int) -> None:
+def test_splits_fill_half_of_the_device(batch: int, columns: int) -> None:
     splits = split_latent.choose_tiles(batch=batch, columns=columns, limits=Limits()).splits
     tiles = -(-columns // split_latent.TILE)
-    assert 1 <= splits <= tiles
-    waves = -(-batch * splits // Limits().processors)
-    each = -(-tiles // splits)
-    assert waves * each * Limits().processors <= 1.7 * batch * tiles or splits in (tiles, 256) or each < 4
+    assert 1 <= splits <= min(tiles, 256)
+    assert batch * splits >= 0.48 * Limits().processors or -(-tiles // splits) <= 2
 
 
-@pytest.mark.parametrize(("batch", "splits"), [(1, 128), (4, 32), (8, 16), (64, 2)])
-def test_splits_of_the_measured_lengths(batch: int, splits: int) -> None:
-    """As many tiles for every program: 33 splits of 512 tiles would be no shorter than 32."""
-    assert split_latent.choose_tiles(batch=batch, columns=131_072 // batch, limits=Limits()).splits == splits
+FASTEST = {
+    (1, 64): 1, (1, 256): 4, (1, 1024): 16, (1, 4096): 32, (1, 32_768): 64, (1, 131_072): 128, (4, 2048): 16,
+    (4, 8192): 32, (4, 32_000): 32, (4, 32_768): 32, (8, 32_768): 16, (16, 8192): 8, (32, 4096): 4,
+    (64, 2048): 2, (200, 2048): 1,
+}  # fmt: skip
+"""The fastest number of splits that was measured on an H200, for sequences and tokens."""
+
+
+@pytest.mark.parametrize(("batch", "columns"), FASTEST)
+def test_splits_of_measured_lengths_are_the_fastest(batch: int, columns: int) -> None:
+    tiles = split_latent.choose_tiles(batch=batch, columns=columns, limits=Limits())
+    assert tiles.splits == FASTEST[batch, columns]

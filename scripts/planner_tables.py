@@ -58,6 +58,7 @@ measured. The newest and largest come first: of equal models and windows the fir
 FP32 = ("2026-11-26-sinks-smollm2-cpu.csv",)
 """Sweeps with bytes of fp32 caches only, where the ratio of a quantiser is not that of a 16-bit cache."""
 DECODE = (
+    "2026-11-29-decode-latents-1364m-h200.json",
     "2026-11-28-decode-few-rows-1364m-h200.json", "2026-11-28-decode-designs-1364m-h200.json",
     "2026-11-22-decode-1364m-h200.json", "2026-11-22-decode-374m-h200.json",
     "2026-11-22-decode-1364m-halves-h200.json", "2026-11-25-decode-1364m-h100.json",
@@ -65,6 +66,7 @@ DECODE = (
 )  # fmt: skip
 LEFT_OUT = {
     "2026-11-22-decode-1364m-peers-h200.json": "repeats steps of 2026-11-22-decode-1364m-h200.json",
+    "2026-11-29-decode-latents-before-1364m-h200.json": "latents with the kernel that 2026-11-29-decode-latents replaced",
     "2026-11-28-decode-kv-tie-1364m-h200.json": "repeats a step of 2026-11-28-decode-few-rows-1364m-h200.json",
     "2026-11-28-decode-profile-1364m-h200.json": "repeats steps of 2026-11-28-decode-few-rows-1364m-h200.json",
     "2026-11-25-tradeoff-2m-cpu.csv": "models of 2 M parameters",

@@ -66,7 +66,7 @@ DECODE = (
 )  # fmt: skip
 LEFT_OUT = {
     "2026-11-22-decode-1364m-peers-h200.json": "repeats steps of 2026-11-22-decode-1364m-h200.json",
-    "2026-11-29-decode-latents-before-1364m-h200.json": "latents with the kernel that 2026-11-29-decode-latents replaced",
+    "2026-11-29-decode-latents-before-1364m-h200.json": "latents, with an older kernel",
     "2026-11-28-decode-kv-tie-1364m-h200.json": "repeats a step of 2026-11-28-decode-few-rows-1364m-h200.json",
     "2026-11-28-decode-profile-1364m-h200.json": "repeats steps of 2026-11-28-decode-few-rows-1364m-h200.json",
     "2026-11-25-tradeoff-2m-cpu.csv": "models of 2 M parameters",

@@ -124,7 +124,8 @@ def test_the_two_rates_of_a_quarter_of_the_cache(both: Summary) -> None:
             (record,) = (r for r in result.content["evaluations"] if (r.get("suite"), r.get("task")) == wanted)
             copies[name] = f"{record['accuracy']:.1f}"
     said(
-        f"preferred 3e-3 for five designs, for fusedkv by {short['fusedkv'][1.5e-3] - short['fusedkv'][3e-3]:.3f} nats.",
+        "preferred 3e-3 for five designs, for fusedkv by "
+        f"{short['fusedkv'][1.5e-3] - short['fusedkv'][3e-3]:.3f} nats.",
         f"{worse['fusedkv']:.3f} worse for fusedkv, {worse['fusedkv_lite']:.3f} for fusedkv_lite and "
         f"{worse['fusedkv_rich']:.3f} for fusedkv_rich,",
         f"{copies['fusedkv']}, {copies['fusedkv_lite']} and {copies['fusedkv_rich']} % of random tokens",
@@ -288,12 +289,12 @@ def test_speeds_and_busy_devices_of_the_study_of_equal_bytes(both: Summary) -> N
     (every, share), (waiting, share_waiting) = busy(sessions), busy(sessions, "queued_")
     longest, short = ([busy(of, kind)[1] for kind in ("", "queued_")] for of in (sessions[6:8], sessions[4:6]))
     minutes = [round(session["seconds"] / 60) for session in sessions]
-    last = [busy([session])[1] for session in sessions[8:]]
+    last = [busy([session])[1].removesuffix(" %") for session in sessions[8:]]
     said(
         f"busy for {share}** of {every:,.0f} s of ten sessions on one GPU each",
         f"for {share_waiting} of the {waiting:,.0f} s with four or more runs waiting",
         f"In the two longest sessions, of {minutes[6]} and {minutes[7]} minutes, it was "
         f"{longest[0].removesuffix(' %')} and {longest[1]}.",
         f"In two of {minutes[4]} and {minutes[5]} minutes it was {short[0].removesuffix(' %')} and {short[1]}:",
-        f"In the last two, of {minutes[8]} and {minutes[9]} minutes, it was {last[0].removesuffix(' %')} and {last[1]};",
+        f"In the last two, of {minutes[8]} and {minutes[9]} minutes, it was {last[0]} and {last[1]} %;",
     )

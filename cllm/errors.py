@@ -19,6 +19,8 @@ EXIT_MISTAKE = 2
 """Exit status of a command after a user's mistake, which one line on stderr describes."""
 EXIT_STOPPED = 3
 """Exit status of a command that was stopped (by a signal, or its time limit) and can be resumed."""
+EXIT_ELSEWHERE = 4
+"""Exit status of a command that ended because other processes work on all that is left."""
 EXIT_INTERRUPTED = 130
 """Exit status of a command that Ctrl-C ended: 128 + SIGINT, as in a shell."""
 EXIT_BROKEN_PIPE = 141

@@ -72,7 +72,7 @@ def make_parser(program: str) -> ConfigParser:
 @one_line
 @stoppable("the same command goes on")
 def main(argv: list[str] | None = None, *, program: str = "cllm study") -> int:
-    """Run the command line; returns its exit status: 3 if work is left, 1 if points failed."""
+    """Run the command line; returns its exit status, that of `Runner.run`."""
     parser = make_parser(program)
     options, overrides = parser.parse_settings(argv)
     logging.basicConfig(format="%(message)s")

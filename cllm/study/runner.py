@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cllm import processes
 from cllm.config import Config
-from cllm.errors import EXIT_STOPPED, UserError
+from cllm.errors import EXIT_ELSEWHERE, EXIT_STOPPED, UserError
 from cllm.files import RESULTS, mark_new, write_atomic
 from cllm.lock import discard_dead, locked
 from cllm.study.busy import Session, Stepping
@@ -87,6 +87,7 @@ class Runner:
         self._stopped: float | None = None
         self._elsewhere: dict[str, float] = {}
         self._waits_for_others = False
+        self._lacks_time = False
         self._configs: dict[str, Config] = {}
         self._queue_changed = True
         self._wanted: list[Point] = []
@@ -95,7 +96,12 @@ class Runner:
     # ---- the loop
 
     def run(self) -> int:
-        """Work until nothing is left. Returns the exit status: 3 if it was stopped, 1 if points failed."""
+        """Work until nothing is left for this process.
+
+        Returns:
+            The exit status: 0 if all is done, 1 if points failed, 3 if it was stopped or its time is too short for what
+            is left, 4 if others work on all that is left.
+        """
         mark_new(self.layout.out, RESULTS)
         self.layout.state.mkdir(parents=True, exist_ok=True)
         self.estimates.learn(read_results(self.layout.results))
@@ -114,7 +120,9 @@ class Runner:
         for point in self._wanted:  # locks that killed processes left
             discard_dead(self.layout.lock(point))
         if self._left or self.queue.is_blocked:
-            return 1 if self.failed and self._stopped is None else EXIT_STOPPED
+            if self._stopped is not None:
+                return EXIT_STOPPED
+            return 1 if self.failed else EXIT_STOPPED if self._lacks_time else EXIT_ELSEWHERE
         return 0
 
     def _turn(self, received: list[int]) -> bool:
@@ -134,7 +142,7 @@ class Runner:
                 self._signal("evaluate")
             return any(slot.jobs for slot in self.slots) and now - self._stopped < processes.GRACE
         self._refresh()
-        self._waits_for_others = False
+        self._waits_for_others = self._lacks_time = False
         started = [self._fill(slot) for n, slot in enumerate(self.slots) if self._health.is_usable(n)]
         return any(started) or any(slot.jobs for slot in self.slots) or self._waits_for_others
 
@@ -185,6 +193,7 @@ class Runner:
             if (work == "train" and waits is None) or not self._is_open(point):
                 continue
             if work == "train" and not self._fits(point, waits or 0.0):
+                self._lacks_time = True
                 continue
             if self._begin(slot, point, work):
                 return True

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from cllm.errors import EXIT_ELSEWHERE, EXIT_STOPPED
 from cllm.study.schema import Study
 
 _GRACE = 120
@@ -13,7 +14,7 @@ _GRACE = 120
 
 
 def array_script(study: Study, command: Sequence[str], logs: Path) -> str:
-    """The script for `sbatch`. A task that is stopped by its time limit is queued again.
+    """The script for `sbatch`. A task that is stopped by its time limit, or by `--stop-after`, is queued again.
 
     A task that ends because others work on the rest is not, or it would start and end again until they are done.
 
@@ -38,15 +39,16 @@ def array_script(study: Study, command: Sequence[str], logs: Path) -> str:
         *(f"#SBATCH {option}" for option in settings.options),
         "# Every task takes points from the same queue; their files must be on storage that all tasks see.",
         *settings.setup,
-        f"study= stopped={'yes' if '--stop-after' in command else ''}",
-        'trap \'stopped=yes; if [ -n "$study" ]; then kill -TERM "$study"; fi\' TERM',
+        "study=",
+        'trap \'if [ -n "$study" ]; then kill -TERM "$study"; fi\' TERM',
         f"{shlex.join(command)} &",
         "study=$!",
         'wait "$study"',
         "status=$?",
         'if [ "$status" -gt 128 ]; then wait "$study"; status=$?; fi  # a signal ends the first wait',
-        "# 3: work is left, and the same command goes on.",
-        'if [ "$status" -eq 3 ] && [ -n "$stopped" ]; then',
+        f"# {EXIT_STOPPED}: time was up, and the same command goes on. "
+        f"{EXIT_ELSEWHERE}: other tasks work on all that is left.",
+        f'if [ "$status" -eq {EXIT_STOPPED} ]; then',
         '  scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"',
         "fi",
         'exit "$status"',

@@ -503,15 +503,15 @@ def test_the_script_of_an_array() -> None:
 #SBATCH --partition=gpu
 # Every task takes points from the same queue; their files must be on storage that all tasks see.
 . .venv/bin/activate
-study= stopped=
-trap 'stopped=yes; if [ -n "$study" ]; then kill -TERM "$study"; fi' TERM
+study=
+trap 'if [ -n "$study" ]; then kill -TERM "$study"; fi' TERM
 cllm study 'my study.yaml' --out /data/s &
 study=$!
 wait "$study"
 status=$?
 if [ "$status" -gt 128 ]; then wait "$study"; status=$?; fi  # a signal ends the first wait
-# 3: work is left, and the same command goes on.
-if [ "$status" -eq 3 ] && [ -n "$stopped" ]; then
+# 3: time was up, and the same command goes on. 4: other tasks work on all that is left.
+if [ "$status" -eq 3 ]; then
   scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
 fi
 exit "$status"
@@ -523,7 +523,8 @@ exit "$status"
     ("code", "options", "stop", "requeued"),
     [
         (3, [], True, True),
-        (3, [], False, False),  # other tasks work on the rest
+        (4, [], False, False),  # other tasks work on the rest
+        (4, ["--stop-after", "25m"], False, False),
         (3, ["--stop-after", "25m"], False, True),
         (0, [], True, False),  # it had just finished
         (1, [], True, False),
@@ -733,13 +734,28 @@ def test_designs_of_equal_flops_train_on_more_or_fewer_tokens(chaos: ModuleType,
     assert flops[1] == pytest.approx(flops[0], rel=1e-4)
 
 
-def test_a_task_of_an_array_leaves_points_to_others(chaos: ModuleType, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [None, 3600.0])
+def test_a_task_of_an_array_leaves_points_to_others(chaos: ModuleType, tmp_path: Path, seconds: float | None) -> None:
     from cllm.lock import locked
 
     study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, seeds=[1])
-    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0))
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0), seconds=seconds)
     held = runner.queue.wanted()[0]
     with locked(runner.layout.lock(held)):
-        assert runner.run() == 3
+        assert runner.run() == 4
     assert [point.variant.design for point, _ in runner.queue.left()] == ["mha"]
     assert json.loads(next((tmp_path / "results").glob("*.json")).read_text())["design"] == "cla"
+
+
+def test_a_task_whose_time_is_too_short_for_what_is_left_is_no_task_without_work(
+    chaos: ModuleType, tmp_path: Path
+) -> None:
+    from cllm.lock import locked
+
+    study = chaos.study_of(tmp_path / "base.yaml", rates=None, evaluate={}, seeds=[1])
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0), seconds=100.0)
+    runner.estimates = Estimates(16.0)  # 160 tokens take 10 s, and the start 30
+    runner._deadline = time.monotonic() + 35
+    with locked(runner.layout.lock(runner.queue.wanted()[0])):
+        assert runner.run() == 3
+    assert not list((tmp_path / "results").glob("*.json"))

@@ -26,7 +26,7 @@ def run_interpreted() -> Callable[[str], None]:
 
     def run(file: str) -> None:
         environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-W", "ignore", file]
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("interpret.py")), file]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
 

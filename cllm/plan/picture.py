@@ -11,6 +11,7 @@ it stands for.
 
 from __future__ import annotations
 
+import functools
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,6 +119,7 @@ def _sees(plan: KVPlan, i: int) -> str:
     return f"{text or 'all'} but itself" if plan.reads_above(i) else text
 
 
+@functools.lru_cache(maxsize=1024)
 def _width(text: str, size: float) -> float:
     from matplotlib.textpath import TextPath
 
@@ -204,7 +206,7 @@ def _draw_boxes(axes: Axes, plan: KVPlan, columns: _Columns) -> None:
     for i, layer in enumerate(plan.layers):
         windowed = _is_windowed(plan, i)
         y = i * _ROW
-        axes.add_patch(
+        axes.add_artist(
             Rectangle(
                 (0, y - _BOX / 2), columns.width, _BOX, facecolor=_fill(layer.own, windowed), edgecolor="0.25",
                 linewidth=0.8, linestyle=(0, (3, 2)) if windowed else "-", gid=f"layer {i}",
@@ -242,10 +244,10 @@ def _draw_rails(axes: Axes, plan: KVPlan, rails: Sequence[_Rail], width: float, 
             (((inner, x), (y_out, y_out)), rail.name),
             (((x, x), (min(ys), max(ys))), f"rail of {rail.name}"),
         ):
-            axes.add_line(Line2D(*line, color=colour, linewidth=1.1, solid_capstyle="projecting", gid=gid))
+            axes.add_artist(Line2D(*line, color=colour, linewidth=1.1, solid_capstyle="projecting", gid=gid))
     for (what, i), read in into.items():
         farthest, y, colour = max(read, key=lambda rail: rail.lane), heights["into", what, i], _COLOURS[what]
-        axes.add_patch(
+        axes.add_artist(
             FancyArrowPatch(
                 (x_of(farthest), y), (edge, y), arrowstyle="-|>", mutation_scale=7.5, shrinkA=0, shrinkB=0,
                 linewidth=0.9, color=colour, gid=f"{what} into {i}",
@@ -257,7 +259,7 @@ def _draw_rails(axes: Axes, plan: KVPlan, rails: Sequence[_Rail], width: float, 
                 [x_of(rail)], [y], marker="o" if stored else "D", color=colour, markersize=3.2 if stored else 3.4,
                 markerfacecolor=colour if stored else "white", gid=f"{rail.name} into {i}", zorder=3,
             )  # fmt: skip
-            axes.add_line(dot)
+            axes.add_artist(dot)
 
 
 def _heights(rails: Sequence[_Rail]) -> dict[tuple[Literal["into", "from"], _What, int], float]:
@@ -286,7 +288,7 @@ def _draw_loop(axes: Axes, plan: KVPlan, x: float) -> None:
     for turn, (first, last) in _turns(plan).items():
         low, high = first * _ROW - _BOX / 2, last * _ROW + _BOX / 2
         xs, ys = (x - _TICK, x, x, x - _TICK), (low, low, high, high)
-        axes.add_line(Line2D(xs, ys, color=_LOOP, linewidth=1.1, solid_joinstyle="miter", gid=turn))
+        axes.add_artist(Line2D(xs, ys, color=_LOOP, linewidth=1.1, solid_joinstyle="miter", gid=turn))
         axes.text(
             x + _GAP, (low + high) / 2, turn, ha="left", va="center_baseline", fontsize=_TEXT, color=_LOOP,
         )  # fmt: skip

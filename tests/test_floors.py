@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -37,6 +38,7 @@ MODULES = {name.removesuffix(".__init__"): file for name, file in FILES.items()}
 TORCH_FREE = {"plan", "config", "section", "errors", "files"}
 
 
+@functools.cache
 def imports(module: str) -> set[str]:
     """Modules of this package that a module names: in any import, and in strings, as for `import_module`."""
     found = set()

@@ -261,22 +261,17 @@ class Runner:
 
     def _acquire(self, point: Point, locks: ExitStack) -> bool:
         """Lock a point; False if another study works on it, or a run whose study was killed is still saving."""
+        held = False
         try:
             locks.enter_context(locked(self.layout.lock(point)))
-        except UserError as error:
-            if _IN_USE not in str(error):
-                raise
-            self._elsewhere[point.name] = time.monotonic()
-            self._waits_for_others |= self.queue.is_blocked  # its result decides on further points
-            return False
-        try:
+            held = True
             with locked(self.layout.run(point).path):
                 return True
         except UserError as error:
             if _IN_USE not in str(error):
                 raise
             self._elsewhere[point.name] = time.monotonic()
-            self._waits_for_others = True
+            self._waits_for_others |= held or self.queue.is_blocked  # a result that decides on further points
             return False
 
     def _command(self, point: Point, work: Work, config: Config) -> list[str]:

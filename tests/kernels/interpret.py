@@ -42,6 +42,7 @@ def replace_language_once_a_kernel() -> None:
 
 
 if __name__ == "__main__":
-    replace_language_once_a_kernel()
+    if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "GridExecutor"):  # else it is slower
+        replace_language_once_a_kernel()
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -91,8 +91,9 @@ def test_monitored_values_are_those_of_the_rows_and_change_nothing(tiny: Tiny) -
             wanted.clear()  # Lightning forgets the values of the check before training
     assert recorder.validations == expected
     assert timeless(folder) == timeless(plain)
+    found = read_weights(folder.checkpoints()[-1][1])
     for name, tensor in read_weights(plain.checkpoints()[-1][1]).items():
-        assert torch.equal(tensor, read_weights(folder.checkpoints()[-1][1])[name]), name
+        assert torch.equal(tensor, found[name]), name
 
 
 def test_training_rows_have_the_tags_that_can_be_monitored(tiny: Tiny) -> None:

@@ -90,8 +90,9 @@ def test_a_run_stopped_and_resumed_ends_with_the_same_weights(tiny: Tiny, preset
         if step > 4:
             path.unlink()  # as if the run had died between steps 4 and 8, after it had logged step 8
     resumed = train(config, resume="auto")
+    found = final_weights(resumed)
     for name, tensor in final_weights(whole).items():
-        assert torch.equal(tensor, final_weights(resumed)[name]), name
+        assert torch.equal(tensor, found[name]), name
     assert losses(resumed) == losses(whole)
     assert losses(resumed, "val/loss") == losses(whole, "val/loss")
     assert len({row["step"] for row in resumed.metrics() if "train/loss" in row}) == 8, "no step is logged twice"

@@ -21,6 +21,7 @@ curves.py      learning curves, fitted, and where two cross
 summary.py     the results of one version as rows of designs
 overview.py    its table of designs by cache bytes: parameters, loss, scores
 beside.py      designs and models of other results in one table
+left_out.py    its sections of runs that diverged, and of results that are not used
 report.py      the report as Markdown, JSON, figures and TensorBoard events
 figures.py     its figures
 events.py      its TensorBoard events, equal bytes each time

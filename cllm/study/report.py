@@ -24,8 +24,9 @@ from cllm.study import events, figures
 from cllm.study.beside import beside
 from cllm.study.busy import busy_lines, busy_shares, read_sessions
 from cllm.study.layout import Layout
+from cllm.study.left_out import diverged, not_used
 from cllm.study.overview import overview
-from cllm.study.results import SUITE, Result, read_results
+from cllm.study.results import SUITE, Result, read_folder
 from cllm.study.schema import Study
 from cllm.study.statistics import Mean
 from cllm.study.status import duration
@@ -35,7 +36,6 @@ from cllm.tables import Column, markdown
 _DASH = "–"
 AR_LOSS = "val/ar_loss"
 """Loss on the tokens that repeat an earlier pair of tokens, in runs that measure it."""
-_DIVERGED_NOTE = "Gradients or the last loss were not finite. Means and intervals are over the other seeds."
 _NOTES = (
     "Loss: the last validation in training, nats per token, mean ± standard error over the seeds. Difference: "
     "loss less that of {baseline} with the same seed, the mean over the seeds that both have (if they have others "
@@ -56,8 +56,10 @@ def write_report(study: Study, layout: Layout, only: Sequence[str] = ()) -> list
     Raises:
         UserError: if there is no result of the study, and for files of `beside` that cannot be read.
     """
-    summary = summarise(study, read_results(layout.results), only)
-    summary = replace(summary, busy=tuple(busy_shares(read_sessions(layout.sessions, summary.code))))
+    results, unread = read_folder(layout.results)
+    summary = summarise(study, results, only)
+    busy = tuple(busy_shares(read_sessions(layout.sessions, summary.code)))
+    summary = replace(summary, busy=busy, unread=tuple(unread))
     folder = layout.report
     mark_new(folder, RESULTS)
     pictures = {f"{name}.png": png(figure) for name, figure in _figures(summary).items() if figure is not None}
@@ -118,23 +120,11 @@ def report_text(summary: Summary, pictures: Sequence[str], others: Sequence[str]
         parts.append(f"No run of full length has ended {'with a finite loss' if summary.diverged else 'yet'}.")
     else:
         parts.append(_NOTES.format(baseline=study.baseline))
-    parts += [*_diverged(summary), *overview(summary), *others, *_curves(summary), *_rates(summary), *_scores(summary)]
+    parts += [*diverged(summary), *overview(summary), *others, *_curves(summary), *_rates(summary), *_scores(summary)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
     parts += [_FIGURES_NOTE] if pictures else []
-    parts += _others(summary)
+    parts += not_used(summary)
     return "\n\n".join(parts) + "\n"
-
-
-def _diverged(summary: Summary) -> list[str]:
-    """The section of runs without a finite loss, which no row contains."""
-    if not summary.diverged:
-        return []
-    lines = [
-        f"- {result.variant.label}, {count_text(result.content['tokens'])}, seed {result.content['seed']}, "
-        f"learning rate {result.rate:g}"
-        for result in summary.diverged
-    ]
-    return ["## Diverged", "\n".join(lines), _DIVERGED_NOTE]
 
 
 def _head(summary: Summary) -> str:
@@ -311,16 +301,6 @@ def _score(form: Any, mean: Mean | None) -> str:
     return form(mean.mean) + ("" if mean.error is None else f" ± {mean.error:.2g}")
 
 
-def _others(summary: Summary) -> list[str]:
-    if not summary.others:
-        return []
-    lines = [
-        f"- {result.name}: {reason} (code {result.code}, commit {(result.content['commit'] or 'unknown')[:10]})"
-        for reason, result in summary.others
-    ]
-    return ["## Not used", "\n".join(lines)]
-
-
 # ---- JSON and TensorBoard
 
 
@@ -349,6 +329,7 @@ def report_data(summary: Summary) -> dict[str, Any]:
         ],
         "diverged": [result.name for result in summary.diverged],
         "not_used": [{"result": result.name, "reason": reason} for reason, result in summary.others],
+        "not_read": list(summary.unread),
     }
 
 

@@ -185,13 +185,19 @@ def point_name(content: dict[str, Any]) -> str:
 
 def read_results(folder: Path) -> list[Result]:
     """The results in a folder, by name. Files that cannot be read are logged and left out."""
-    found = []
+    return read_folder(folder)[0]
+
+
+def read_folder(folder: Path) -> tuple[list[Result], list[str]]:
+    """`read_results`, and the files that were left out: their names in the folder, each with the reason."""
+    found, left_out = [], []
     for file in sorted(folder.glob("*.json")):
         try:
             found.append(read_result(file))
         except UserError as error:
             log.warning("left out: %s", error)
-    return found
+            left_out.append(str(error).replace(f"{folder}/", ""))
+    return found, left_out
 
 
 def result_of(

@@ -97,6 +97,8 @@ class Summary:
     """Numbers of evaluations, by the label of the row."""
     busy: tuple[BusyShare, ...] = ()
     """How long devices were busy; empty without files of sessions."""
+    unread: tuple[str, ...] = ()
+    """Files that could not be read, each with the reason."""
 
     def rows_of(self, tokens: int) -> list[Row]:
         """The rows of one token budget."""

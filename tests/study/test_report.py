@@ -141,6 +141,16 @@ def test_a_copy_of_a_result_does_not_count_as_another_point(
     assert f"allowed: a file of that name, {one.name}" in caplog.text
 
 
+def test_the_report_names_files_that_it_could_not_read(finished: Path, chaos: ModuleType, tmp_path: Path) -> None:
+    layout = copy_of(finished, tmp_path)
+    change(layout, "mha-lr0.002-160-s1-*", loss="3.1")
+    file = next(layout.results.glob("mha-lr0.002-160-s1-*")).name
+    write_report(chaos.study_of(finished / "base.yaml"), layout)
+    reason = f"{file}: loss is '3.1'; allowed: a number or null"
+    assert f"## Not used\n\n- {reason}\n" in (layout.report / "report.md").read_text()
+    assert json.loads((layout.report / "report.json").read_text())["not_read"] == [reason]
+
+
 def test_a_crossing_is_of_the_seeds_that_both_designs_have(finished: Path, chaos: ModuleType, tmp_path: Path) -> None:
     study, layout = chaos.study_of(finished / "base.yaml"), copy_of(finished, tmp_path)
     tokens = [round(16 * 1.3**n) for n in range(12)]

@@ -83,8 +83,7 @@ def main(argv: list[str] | None = None, *, program: str = "cllm study") -> int:
     from cllm.study.schema import load_study, parse_duration
 
     study = load_study(options.study, overrides)
-    if options.stop_after is not None:
-        parse_duration(options.stop_after)
+    seconds = None if options.stop_after is None else parse_duration(options.stop_after)
     if options.slurm:
         for option in ("devices", "workers"):
             if (value := getattr(options, option)) != parser.get_default(option):
@@ -108,7 +107,7 @@ def main(argv: list[str] | None = None, *, program: str = "cllm study") -> int:
         layout.state.mkdir(parents=True, exist_ok=True)  # SLURM does not make the folder of its logs
         print(array_script(study, _task_command(options, overrides, layout), layout.state), end="")
         return 0
-    return _work(options, study, layout)
+    return _work(options, study, layout, seconds)
 
 
 def _check_evaluations(study: Study) -> None:
@@ -161,20 +160,18 @@ def _task_command(options: argparse.Namespace, overrides: list[str], layout) -> 
     return [*words, *overrides]
 
 
-def _work(options: argparse.Namespace, study, layout) -> int:
-    """Train, or print the plan or the state."""
+def _work(options: argparse.Namespace, study, layout, seconds: float | None) -> int:
+    """Train, for `seconds` at most, or print the plan or the state."""
     from cllm.study.children import Slot
     from cllm.study.estimate import Estimates
     from cllm.study.points import Grid
     from cllm.study.queue import Queue
     from cllm.study.results import read_results
     from cllm.study.runner import Options, Runner
-    from cllm.study.schema import parse_duration
     from cllm.study.status import dry_run, status
     from cllm.study.utilisation import Utilisation
     from cllm.version import code_version
 
-    seconds = None if options.stop_after is None else parse_duration(options.stop_after)
     gpus = _gpus(options.devices, find_gpus)
     slots = [Slot(gpu) for gpu in gpus] or [Slot(None) for _ in range(options.workers)]
     grid = Grid(study, code_version(), options.only)

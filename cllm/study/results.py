@@ -73,16 +73,15 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "config.optim.lr": _NUMBER,
 }
 """The keys that a report needs, and the types of their values."""
-_NAMES = {
+_NAMES: dict[type, str] = {
     str: "text",
     dict: "a mapping",
     list: "a list",
     int: "a whole number",
     float: "a number",
     bool: "true or false",
+    type(None): "null",
 }
-_NAMES |= {type(None): "null"}
-
 
 SUITE = "suite/"
 """Begins the tags of `evaluate_suites`: `suite/LABEL/NUMBER`."""

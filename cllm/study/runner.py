@@ -119,11 +119,11 @@ class Runner:
         self._refresh()
         for point in self._wanted:  # locks that killed processes left
             discard_dead(self.layout.lock(point))
-        if self._left or self.queue.is_blocked:
-            if self._stopped is not None:
-                return EXIT_STOPPED
-            return 1 if self.failed else EXIT_STOPPED if self._lacks_time else EXIT_ELSEWHERE
-        return 0
+        if not self._left and not self.queue.is_blocked:
+            return 0
+        if self.failed and self._stopped is None:
+            return 1
+        return EXIT_ELSEWHERE if self._stopped is None and not self._lacks_time else EXIT_STOPPED
 
     def _turn(self, received: list[int]) -> bool:
         """One turn of the loop; False if it has ended."""

@@ -6,6 +6,7 @@ finished runs of full length is shown; the others are listed.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -72,6 +73,12 @@ class Row:
     def curve(self, tag: str) -> list[tuple[float, float]]:
         """The mean over the seeds of a tag of validation, (tokens, value), where all of them have it."""
         return _mean_curve(self.results, tag)
+
+
+@functools.lru_cache(maxsize=256)
+def _fit(curve: tuple[tuple[float, float], ...]) -> Fit | None:
+    """`fit_curve`, once for each curve: the baseline's is that of many rows."""
+    return fit_curve(curve)
 
 
 def _mean_curve(results: Sequence[Result], tag: str = "val/loss") -> list[tuple[float, float]]:
@@ -192,7 +199,7 @@ def _row(variant: Variant, tokens: int, found: list[Result], note: str, base: li
     if base is not None and base is not found:
         difference = paired(_losses(found), _losses(base))
         common = _losses(found).keys() & _losses(base).keys()
-        fits = [fit_curve(_mean_curve([r for r in of if r.content["seed"] in common])) for of in (found, base)]
+        fits = [_fit(tuple(_mean_curve([r for r in of if r.content["seed"] in common]))) for of in (found, base)]
         across = crossing(fits[0], fits[1]) if fits[0] is not None and fits[1] is not None else None
     return Row(
         variant=variant,
@@ -200,7 +207,7 @@ def _row(variant: Variant, tokens: int, found: list[Result], note: str, base: li
         results=tuple(found),
         note=note,
         difference=difference,
-        fit=fit_curve(_mean_curve(found)),
+        fit=_fit(tuple(_mean_curve(found))),
         crossing=across,
     )
 

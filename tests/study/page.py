@@ -47,6 +47,11 @@ def text_loss(row: Row) -> dict[str, Any]:
 
 def copying(row: Row, spec: str = "none") -> list[dict[str, Any]]:
     """The records of copying at all distances, uncompressed; `spec` is what they call that."""
-    found = [record for result in row.results for record in result.content["evaluations"]]
+    return [record for result in row.results for record in copying_of(result, spec)]
+
+
+def copying_of(result: Result, spec: str) -> list[dict[str, Any]]:
+    """Those of one run."""
     which = ("copying", "all", spec)
+    found = result.content["evaluations"]
     return [record for record in found if tuple(map(record.get, ("suite", "task", "spec"))) == which]

@@ -13,7 +13,7 @@ import pytest
 from cllm.study.results import read_results
 from cllm.study.schema import load_study
 from cllm.study.summary import Row, Summary, summarise
-from tests.study.page import DOCS, RESULTS, at, copying, flat, row, said, table, text_loss
+from tests.study.page import DOCS, RESULTS, at, copying, copying_of, flat, row, said, table, text_loss
 
 FOLDER = RESULTS / "2026-11-28-study-equal-bytes-h200"
 RATES = (1.5e-3, 3e-3)
@@ -87,8 +87,7 @@ def test_the_table_of_half_of_the_cache(both: Summary) -> None:
     assert rows == expected
     assert [found[0] for found in expected if not found[-1]] == ["fusedkv_rich"]
     (other,) = (r for r in both.used if r.name.startswith("fusedkv_rich-half-lr0.003-100M"))
-    wanted = ("copying", "all")
-    (record,) = (r for r in other.content["evaluations"] if (r.get("suite"), r.get("task")) == wanted)
+    (record,) = copying_of(other, "as it is")
     said(f"at 3e-3 only: there it copies {record['accuracy']:.1f} ± {record['accuracy_stderr']:.1f} %")
 
 
@@ -120,8 +119,7 @@ def test_the_two_rates_of_a_quarter_of_the_cache(both: Summary) -> None:
     for result in both.used:
         name, _, share = result.variant.design.partition("-")
         if share == "quarter" and result.rate == 3e-3 and not result.content["search"]:
-            wanted = ("copying", "all")
-            (record,) = (r for r in result.content["evaluations"] if (r.get("suite"), r.get("task")) == wanted)
+            (record,) = copying_of(result, "as it is")
             copies[name] = f"{record['accuracy']:.1f}"
     said(
         "preferred 3e-3 for five designs, for fusedkv by "

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import cuts
 from benchmarks.scaling.cases import Cases, cases_of, load_case
 from cllm.config import Config
 from cllm.config.load import validate
-from cllm.model.sizes import build_decoder, count_parameters
+from cllm.model.sizes import count_parameters, meta_decoder
 from cllm.train.dryrun import memory_estimate
 from cllm.train.launch import Launch
 from cllm.uptrain.complete import load_config
@@ -40,8 +39,7 @@ def rows_of(file: str) -> list[dict[str, Any]]:
 
 
 def memory(config: Config) -> dict[str, float]:
-    with torch.device("meta"):
-        model = build_decoder(config.model)
+    model = meta_decoder(config.model)
     return memory_estimate(model, config, Launch.planned(config))
 
 
@@ -150,8 +148,7 @@ def test_the_predicted_peaks_of_64_gpus() -> None:
 def test_the_arithmetic_of_64_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     """Formulas of the page by hand; the command that it names prints the same."""
     config = load_config(FILES, LONG)
-    with torch.device("meta"):
-        p = count_parameters(build_decoder(config.model))
+    p = count_parameters(meta_decoder(config.model))
     n, layers, tokens, d = 64, config.model.n_layers, 32768, config.model.d_model
     inside, between = 450e9, 50e9
     states = {"ZeRO-1": 4 + 12 / n, "ZeRO-2": 2 + 14 / n, "ZeRO-3, FSDP2": 16 / n}

@@ -15,7 +15,7 @@ from cllm.config import Config
 from cllm.config.load import validate
 from cllm.data.manifest import Manifest
 from cllm.errors import UserError
-from cllm.model.sizes import build_decoder, count_parameters
+from cllm.model.sizes import build_decoder, count_parameters, meta_decoder
 from cllm.plan.plan import Iterations, KVPlan
 from cllm.train.dryrun import GIB, block_activation_bytes, dry_run, memory_estimate
 from cllm.train.launch import Launch
@@ -59,8 +59,7 @@ def estimate(written: dict[str, Any], micro_batches: int = 1, *, devices: int, *
         older | written["train"] | {"devices": devices, "global_batch": batch, "accelerator": "gpu"} | train
     )
     config = validate(Config, given)
-    with torch.device("meta"):
-        model = build_decoder(config.model)
+    model = meta_decoder(config.model)
     return memory_estimate(model, config, Launch.planned(config))["total"]
 
 
@@ -113,8 +112,7 @@ def test_states_are_shared_as_the_strategy_shares_them(strategy: str, devices: i
     def estimate(*settings: str) -> tuple[dict[str, float], int]:
         base = ["--train.strategy", strategy, "--train.devices", str(devices), "--train.accelerator", "gpu"]
         config = load_config([CONFIGS / "model" / "332m.yaml"], [*base, *settings])
-        with torch.device("meta"):
-            model = build_decoder(config.model)
+        model = meta_decoder(config.model)
         return memory_estimate(model, config, Launch.planned(config)), count_parameters(model)
 
     for accumulate, wanted in zip((1, 2), SHARES[strategy](devices), strict=True):
@@ -131,8 +129,7 @@ def test_fusion_made_again_is_not_kept() -> None:
     found = []
     for again in ("false", "true"):
         config = load_config(files, ["--train.recompute_fusion", again, "--train.accelerator", "gpu"])
-        with torch.device("meta"):
-            found.append(memory_estimate(build_decoder(config.model), config, Launch.planned(config))["activations"])
+        found.append(memory_estimate(meta_decoder(config.model), config, Launch.planned(config))["activations"])
     bf16_keys_and_values_of_8_layers = 2 * 2 * 1024 * 8
     tokens = config.train.micro_batch * config.data.seq_len
     assert found[0] - found[1] == pytest.approx(tokens * bf16_keys_and_values_of_8_layers / GIB)

@@ -34,7 +34,10 @@ NOVELS = {**SMOLLM2, "text": "novel {novel} of the validation text"}
 TRAINED_45M = {"parameters": 46938112, "tokens": 490e6, "context": 4096, "text": "validation 592c6512044d"}
 """Runs of the study on its validation text; `evaluate` refuses data with another digest than the run recorded."""
 TRADEOFF_45M = {"parameters": 46938112, "tokens": 128e6, "context": 4096, "text": "books and technical prose"}
-STUDIES = ("2026-11-28-study-equal-bytes-h200", "2026-11-27-study-100m-h200", "2026-11-27-study-490m-h200")
+STUDIES = (
+    "2026-11-28-study-equal-bytes-h200", "2026-11-27-study-100m-h200", "2026-11-27-study-490m-h200",
+    "2026-11-29-study-110m-h200",
+)  # fmt: skip
 SWEEPS: tuple[tuple[str, Mapping[str, Any], str], ...] = (
     ("2026-11-28-methods-45m-again-h200.json", TRAINED_45M, ""),
     ("2026-11-28-methods-45m-h200.json", TRAINED_45M, ""),
@@ -65,6 +68,7 @@ DECODE = (
     "2026-11-25-decode-capacity-h200.json",
 )  # fmt: skip
 LEFT_OUT = {
+    "2026-11-29-study-rates-50m-h200": "learning rates of mla, without mha beside them",
     "2026-11-22-decode-1364m-peers-h200.json": "repeats steps of 2026-11-22-decode-1364m-h200.json",
     "2026-11-29-decode-latents-before-1364m-h200.json": "latents, with an older kernel",
     "2026-11-28-decode-kv-tie-1364m-h200.json": "repeats a step of 2026-11-28-decode-few-rows-1364m-h200.json",

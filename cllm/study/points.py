@@ -16,7 +16,7 @@ from cllm.config.shipped import find_config
 from cllm.counts import count_text
 from cllm.errors import UserError
 from cllm.study.matching import CacheMatch, match_cache, scaled_tokens
-from cllm.study.schema import Study, budgets
+from cllm.study.schema import Study
 from cllm.uptrain.complete import complete
 from cllm.version import config_hash, data_hash
 from cllm.yaml_text import read_yaml
@@ -124,12 +124,14 @@ class Grid:
             rates: list[float | None] = [None]
             if study.rates is not None:
                 known = study.rates.known_for(variant.design)
-                rates = [*dict.fromkeys([*study.rates.values, *([] if known is None else [known])])]
+                values = study.rates.search_of(variant.design).values
+                rates = [*dict.fromkeys([*values, *([] if known is None else [known])])]
             for tokens, seed, rate in itertools.product(study.tokens, study.seeds_of(variant.design), rates):
                 yield self.point(variant, tokens, seed, rate)
         if study.rates is not None:
             for variant in self.variants:
-                for tokens, rate in itertools.product(budgets(study.rates), study.rates.values):
+                halving = study.rates.search_of(variant.design)
+                for tokens, rate in itertools.product(halving.budgets, halving.values):
                     yield self.point(variant, tokens, study.seeds_of(variant.design)[0], rate, search=True)
 
     def _parts(self, design: str) -> dict[str, Any]:

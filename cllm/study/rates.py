@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from cllm.study.points import Grid, Point, Variant
-from cllm.study.schema import budgets, sizes
 
 LossOf = Callable[[Point], float | None]
 """The final validation loss of a point; None: it has no result yet."""
@@ -56,15 +55,15 @@ def search(grid: Grid, variant: Variant, loss_of: LossOf) -> Search:
 
     With as many values as are kept there is nothing to search, and no round.
     """
-    rates = grid.study.rates
-    assert rates is not None
-    if len(rates.values) == rates.keep:
-        return Search((), tuple(rates.values), ())
+    assert grid.study.rates is not None
+    halving = grid.study.rates.search_of(variant.design)
+    if not halving.sizes:
+        return Search((), tuple(halving.values), ())
     seed = grid.study.seeds_of(variant.design)[0]
-    left = list(rates.values)
-    counts = [*sizes(rates)[1:], rates.keep]
+    left = list(halving.values)
+    counts = [*halving.sizes[1:], halving.keep]
     rounds: list[Round] = []
-    for tokens, count in zip(budgets(rates), counts, strict=True):
+    for tokens, count in zip(halving.budgets, counts, strict=True):
         points = {rate: grid.point(variant, tokens, seed, rate, search=True) for rate in left}
         losses = {rate: loss_of(point) for rate, point in points.items()}
         rounds.append(Round(tokens, losses))

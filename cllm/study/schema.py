@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -105,14 +106,40 @@ def _match(value: Any) -> Any:
     return {value: True} if isinstance(value, str) else value
 
 
-class Rates(Section):
-    """The search of each design's learning rate by successive halving, on runs that are shorter than the others.
+@dataclass(frozen=True, slots=True)
+class Halving:
+    """The search of one design's learning rate by successive halving.
 
     Every round trains the values that are left, on twice as many tokens as the round before, and keeps the better half.
     """
 
-    values: list[Rate] = Field(min_length=1)
+    values: Sequence[float]
     """Learning rates of the first round."""
+    tokens: int
+    """Tokens of a run in the last round."""
+    keep: int
+    """Number of rates that are left."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of rates in each round: halved, rounded up, until `keep` are left; with `keep` values none."""
+        found = [len(self.values)] if len(self.values) > self.keep else []
+        while found and -(-found[-1] // 2) > self.keep:
+            found.append(-(-found[-1] // 2))
+        return found
+
+    @property
+    def budgets(self) -> list[int]:
+        """Tokens of a run in each round: `tokens` in the last, half as many in the round before it."""
+        n = len(self.sizes)
+        return [max(1, self.tokens >> (n - 1 - i)) for i in range(n)]
+
+
+class Rates(Section):
+    """The search of each design's learning rate, see `Halving`, on runs that are shorter than the others."""
+
+    values: Annotated[list[Rate] | dict[str, list[Rate]], Field(min_length=1)]
+    """Learning rates of the first round: a list, or design: list with `default` for the others."""
     tokens: Tokens
     """Tokens of a run in the last round."""
     keep: int = Field(1, ge=1)
@@ -123,29 +150,25 @@ class Rates(Section):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
-        if len(set(self.values)) < len(self.values):
-            raise ValueError(f"values {self.values} has a rate twice")
-        if self.keep > len(self.values):
-            raise ValueError(f"keep is {self.keep}, and there are {len(self.values)} values")
+        by_name = self.values if isinstance(self.values, dict) else {"": self.values}
+        for design, values in by_name.items():
+            of = f" of {design}" if design else ""
+            if len(set(values)) < len(values):
+                raise ValueError(f"values{of} {values} has a rate twice")
+            if self.keep > len(values):
+                raise ValueError(f"keep is {self.keep}, and there are {len(values)} values{of}")
         return self
+
+    def search_of(self, design: str) -> Halving:
+        """The search of a design's rate. Raises `ValueError` if it has no values."""
+        values = by_design(self.values, design) if isinstance(self.values, dict) else self.values
+        if values is None:
+            raise ValueError(f"rates.values has neither {design} nor default")
+        return Halving(values, self.tokens, self.keep)
 
     def known_for(self, design: str) -> float | None:
         """The known rate of a design."""
         return by_design(self.known, design) if isinstance(self.known, dict) else self.known
-
-
-def sizes(rates: Rates) -> list[int]:
-    """The number of rates in each round: halved, rounded up, until `keep` are left."""
-    found = [len(rates.values)]
-    while -(-found[-1] // 2) > rates.keep:
-        found.append(-(-found[-1] // 2))
-    return found
-
-
-def budgets(rates: Rates) -> list[int]:
-    """Tokens of a run in each round: `rates.tokens` in the last, half as many in the round before it."""
-    n = len(sizes(rates))
-    return [max(1, rates.tokens >> (n - 1 - i)) for i in range(n)]
 
 
 ShareGPU = bool | Literal["trainings", "evaluations"]
@@ -273,6 +296,7 @@ class Study(Section):
             raise ValueError(f"baseline is {self.baseline!r}; {nearest(self.baseline, names)}")
         for key, value in (
             ("seeds", self.seeds),
+            ("rates.values", self.rates.values if self.rates else None),
             ("rates.known", self.rates.known if self.rates else None),
             ("match.cache_bytes", self.match.cache_bytes),
         ):
@@ -283,6 +307,8 @@ class Study(Section):
             seeds = self.seeds_of(name)
             if len(set(seeds)) < len(seeds):
                 raise ValueError(f"seeds of {name} are {seeds}, one of them twice")
+            if self.rates is not None:
+                self.rates.search_of(name)
         if len(set(self.tokens)) < len(self.tokens):
             raise ValueError(f"tokens {self.tokens} has a budget twice")
         for key, values in self.settings.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from cllm.cache.accounting import kv_bytes
@@ -17,7 +18,6 @@ from cllm.study.matching import cache_share
 from cllm.study.points import Grid, Point, sized
 from cllm.study.queue import Queue
 from cllm.study.results import read_results
-from cllm.study.schema import budgets, sizes
 from cllm.tables import Column, aligned
 
 _DASH = "–"
@@ -173,18 +173,16 @@ def _counts(grid: Grid) -> list[tuple[int, int]]:
     A known rate that the search tries is counted as one that it finds. Rates that it finds on a budget of the study are
     trained there already, with the first seed.
     """
-    study, found = grid.study, list[tuple[int, int]]()
-    keep, more, searched = 1, 0, set[int]()
-    if study.rates is not None:
-        keep = study.rates.keep
-        known = [study.rates.known_for(variant.design) for variant in grid.variants]
-        more = sum(rate is not None and rate not in study.rates.values for rate in known)
-        if len(study.rates.values) > keep:
-            searched = set(budgets(study.rates))
-            pairs = zip(sizes(study.rates), budgets(study.rates), strict=True)
-            found += [(n * len(grid.variants), tokens) for n, tokens in pairs]
-    seeds = sum(len(study.seeds_of(variant.design)) for variant in grid.variants)
-    for tokens in sorted(study.tokens):
-        trained = len(grid.variants) if tokens in searched else 0
-        found.append(((seeds - trained) * keep + more, tokens))
-    return [(runs, tokens) for runs, tokens in found if runs]
+    study = grid.study
+    short, long = Counter[int](), Counter[int]()
+    for variant in grid.variants:
+        keep, more, searched = 1, 0, list[int]()
+        if study.rates is not None:
+            halving, known = study.rates.search_of(variant.design), study.rates.known_for(variant.design)
+            keep, searched = halving.keep, halving.budgets
+            more = int(known is not None and known not in halving.values)
+            short.update(dict(zip(searched, halving.sizes, strict=True)))
+        for tokens in study.tokens:
+            seeds = len(study.seeds_of(variant.design)) - (tokens in searched)
+            long[tokens] += seeds * keep + more
+    return [(runs, tokens) for counted in (short, long) for tokens, runs in sorted(counted.items()) if runs]

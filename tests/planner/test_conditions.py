@@ -80,12 +80,12 @@ def test_a_loss_under_other_conditions_gives_no_value_no_range_and_no_sum(other)
 
 
 def test_every_loss_of_a_table_is_of_one_age_and_the_others_are_named(tmp_path, capsys):
-    """With the shipped measurements, some of which are of models after 100 M, 128 M and 490 M tokens."""
+    """With the shipped measurements, some of which are of models after 100 M, 128 M, 250 M and 490 M tokens."""
     config = tmp_path / "shape.yaml"
     config.write_text("model: {vocab_size: 100, d_model: 64, n_layers: 4, n_heads: 4}\ndata: {path: x}\n")
     words = f"plan --config {config} --gpu L4 --kv-heads 4 --designs mha cla fusedkv_lite".split()
     ages = {m.tokens for m in shipped_table().losses if m.kv.get("preset") in ("mha", "cla", "fusedkv_lite")}
-    assert len(ages) == 3
+    assert len(ages) == 4
     for chosen, more in ((490e6, []), (128e6, ["--tokens", "128M"]), (100e6, ["--tokens", "100M"])):
         assert main([*words, *more, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +29,7 @@ from cllm.study.queue import Queue
 from cllm.study.rates import search
 from cllm.study.report import write_report
 from cllm.study.results import read_results
-from cllm.study.schema import Rates, Study, budgets, load_study, sizes
+from cllm.study.schema import Rates, Study, load_study
 from cllm.study.sharing import wait_for_room
 from cllm.study.slurm import array_script
 from cllm.study.status import _counts, dry_run, status
@@ -61,7 +62,8 @@ def test_the_search_takes_the_best_rate_and_is_not_repeated(finished: Path, chao
 
 def test_a_search_halves_its_rates_on_growing_budgets(chaos: ModuleType, tmp_path: Path) -> None:
     rates = Rates(values=[1.0, 2.0, 3.0, 4.0, 5.0], tokens=800, keep=1)
-    assert (sizes(rates), budgets(rates)) == ([5, 3, 2], [200, 400, 800])
+    halving = rates.search_of("mha")
+    assert (halving.sizes, halving.budgets) == ([5, 3, 2], [200, 400, 800])
     study = chaos.study_of(tmp_path / "base.yaml", rates=rates.model_dump())
     grid = Grid(study, "code")
     losses = {(200, 3.0): 1.0, (200, 4.0): 2.0, (200, 1.0): 3.0, (200, 2.0): 9.0, (200, 5.0): float("inf")}
@@ -73,6 +75,20 @@ def test_a_search_halves_its_rates_on_growing_budgets(chaos: ModuleType, tmp_pat
     alone = Grid(study.model_copy(update={"rates": Rates(values=[1.0], tokens=800, keep=1)}), "code")
     found = search(alone, alone.variants[0], {}.get)
     assert (found.chosen, found.at_edge) == ((1.0,), False), "one rate is no search, and no edge of one"
+
+
+def test_designs_may_search_their_own_rates(chaos: ModuleType, tmp_path: Path) -> None:
+    rates = {"values": {"default": [0.001, 0.002], "cla": [0.002, 0.004, 0.008, 0.016]}, "tokens": 64, "keep": 1}
+    study = chaos.study_of(tmp_path / "base.yaml", rates=rates, evaluate={}, seeds=[1])
+    grid = Grid(study, "code")
+    searched = [(point.variant.design, point.tokens, point.rate) for point in grid.all_points() if point.search]
+    of_cla = [("cla", tokens, rate) for tokens in (32, 64) for rate in (0.002, 0.004, 0.008, 0.016)]
+    assert searched == [("mha", 64, 0.001), ("mha", 64, 0.002), *of_cla]
+    assert _counts(grid) == [(4, 32), (2 + 2, 64), (2, 160)]
+    assert chaos.runner_of(study, tmp_path, chaos.FakeCommands(0)).run() == 0
+    done = [result for result in read_results(tmp_path / "results") if result.content["search"]]
+    tried = Counter((result.variant.design, result.content["tokens"]) for result in done)
+    assert tried == {("mha", 64): 2, ("cla", 32): 4, ("cla", 64): 2}
 
 
 def test_rates_that_diverge_are_not_kept(chaos: ModuleType, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Studies: a grid of designs, learning rates, seeds and token budgets, trained, measured and put into one report.
 
 schema.py      `Study`: the settings of a study's YAML file, and its loading
+halving.py     the rounds of a search of learning rates, and the rates beyond its values
 points.py      `Point`: one run of the grid, its complete config and its key
 matching.py    designs of equal parameters, cache bytes or training FLOPs
 layout.py      the files of a study: results, runs, logs, locks
 results.py     the result of a point, one JSON file
-rates.py       successive halving of learning rates
+rates.py       the outcome of a search, as a function of results
 queue.py       the next point: its priority, and whether it ends in time
 estimate.py    tokens per second so far, and the seconds that a point takes
 measuring.py   the evaluations of a point, which end one by one

@@ -124,14 +124,14 @@ class Grid:
             rates: list[float | None] = [None]
             if study.rates is not None:
                 known = study.rates.known_for(variant.design)
-                values = study.rates.search_of(variant.design).values
+                values = study.rates.search_of(variant.design).reachable
                 rates = [*dict.fromkeys([*values, *([] if known is None else [known])])]
             for tokens, seed, rate in itertools.product(study.tokens, study.seeds_of(variant.design), rates):
                 yield self.point(variant, tokens, seed, rate)
         if study.rates is not None:
             for variant in self.variants:
                 halving = study.rates.search_of(variant.design)
-                for tokens, rate in itertools.product(halving.budgets, halving.values):
+                for tokens, rate in itertools.product(halving.budgets, halving.reachable):
                     yield self.point(variant, tokens, study.seeds_of(variant.design)[0], rate, search=True)
 
     def _parts(self, design: str) -> dict[str, Any]:

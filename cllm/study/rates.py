@@ -1,4 +1,4 @@
-"""Successive halving of learning rates (Jamieson and Talwalkar, arXiv 1502.07943), as a function of results.
+"""The search of a learning rate, as a function of results.
 
 Nothing is stored: the outcome follows from the losses of the points, so it is never computed twice from other data, and
 a study that goes on finds its search where it was.
@@ -7,7 +7,7 @@ a study that goes on finds its search where it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cllm.study.points import Grid, Point, Variant
@@ -44,8 +44,12 @@ class Search:
     @property
     def at_edge(self) -> bool:
         """Whether the best rate is the smallest or largest of several, so that a better one may lie outside."""
-        values = self.rounds[0].losses if self.rounds else {}
+        values = _tried(self.rounds)
         return len(values) > 1 and bool(self.chosen) and self.chosen[0] in (min(values), max(values))
+
+
+def _tried(rounds: Sequence[Round]) -> set[float]:
+    return {rate for part in rounds for rate in part.losses}
 
 
 def search(grid: Grid, variant: Variant, loss_of: LossOf) -> Search:
@@ -54,6 +58,9 @@ def search(grid: Grid, variant: Variant, loss_of: LossOf) -> Search:
     A rate with a loss that is not finite is not kept, even if fewer are left than would be.
 
     With as many values as are kept there is nothing to search, and no round.
+
+    While the best rate is at the edge of those tried, the next one beyond it is a round of its own, with the tokens of
+    the last: at most `extend` of them.
     """
     assert grid.study.rates is not None
     halving = grid.study.rates.search_of(variant.design)
@@ -62,7 +69,7 @@ def search(grid: Grid, variant: Variant, loss_of: LossOf) -> Search:
     seed = grid.study.seeds_of(variant.design)[0]
     left = list(halving.values)
     counts = [*halving.sizes[1:], halving.keep]
-    rounds: list[Round] = []
+    rounds, finite = list[Round](), dict[float, float]()
     for tokens, count in zip(halving.budgets, counts, strict=True):
         points = {rate: grid.point(variant, tokens, seed, rate, search=True) for rate in left}
         losses = {rate: loss_of(point) for rate, point in points.items()}
@@ -74,4 +81,16 @@ def search(grid: Grid, variant: Variant, loss_of: LossOf) -> Search:
         left = sorted(finite, key=finite.__getitem__)[:count]
         if not left:
             break
+    for _ in range(halving.extend if left else 0):
+        beyond = halving.beyond(_tried(rounds), left[0])
+        if beyond is None:
+            break
+        point = grid.point(variant, halving.tokens, seed, beyond, search=True)
+        loss = loss_of(point)
+        rounds.append(Round(halving.tokens, {beyond: loss}))
+        if loss is None:
+            return Search(tuple(rounds), (), (point,))
+        if math.isfinite(loss):
+            finite[beyond] = loss
+            left = sorted(finite, key=finite.__getitem__)[: halving.keep]
     return Search(tuple(rounds), tuple(left), ())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -17,6 +16,7 @@ from cllm.config.shipped import find_config
 from cllm.counts import parse_count
 from cllm.errors import UserError, nearest
 from cllm.section import MAX_SEED, Section
+from cllm.study.halving import Halving
 from cllm.yaml_text import read_yaml
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -106,35 +106,6 @@ def _match(value: Any) -> Any:
     return {value: True} if isinstance(value, str) else value
 
 
-@dataclass(frozen=True, slots=True)
-class Halving:
-    """The search of one design's learning rate by successive halving.
-
-    Every round trains the values that are left, on twice as many tokens as the round before, and keeps the better half.
-    """
-
-    values: Sequence[float]
-    """Learning rates of the first round."""
-    tokens: int
-    """Tokens of a run in the last round."""
-    keep: int
-    """Number of rates that are left."""
-
-    @property
-    def sizes(self) -> list[int]:
-        """The number of rates in each round: halved, rounded up, until `keep` are left; with `keep` values none."""
-        found = [len(self.values)] if len(self.values) > self.keep else []
-        while found and -(-found[-1] // 2) > self.keep:
-            found.append(-(-found[-1] // 2))
-        return found
-
-    @property
-    def budgets(self) -> list[int]:
-        """Tokens of a run in each round: `tokens` in the last, half as many in the round before it."""
-        n = len(self.sizes)
-        return [max(1, self.tokens >> (n - 1 - i)) for i in range(n)]
-
-
 class Rates(Section):
     """The search of each design's learning rate, see `Halving`, on runs that are shorter than the others."""
 
@@ -144,6 +115,8 @@ class Rates(Section):
     """Tokens of a run in the last round."""
     keep: int = Field(1, ge=1)
     """Number of rates that the long runs use."""
+    extend: int = Field(0, ge=0, le=10)
+    """Most rates that are added beyond the values, one by one, while the best rate is the smallest or largest."""
     known: Rate | dict[str, Rate] | None = None
     """The best rate known so far, for all designs or as design: rate. The first seed is trained with it before the
     search begins, so that there is a table early."""
@@ -164,7 +137,7 @@ class Rates(Section):
         values = by_design(self.values, design) if isinstance(self.values, dict) else self.values
         if values is None:
             raise ValueError(f"rates.values has neither {design} nor default")
-        return Halving(values, self.tokens, self.keep)
+        return Halving(values, self.tokens, self.keep, self.extend)
 
     def known_for(self, design: str) -> float | None:
         """The known rate of a design."""

@@ -139,6 +139,8 @@ def dry_run(grid: Grid, layout: Layout, estimates: Estimates, slots: int) -> str
     tokens = sum(n * each for n, each in counts)
     text = [f"rule: {study.match.rule}", aligned(columns, rows), *unused, ""]
     text += [f"{n:>5} runs of {count_text(each)} tokens" for n, each in counts]
+    if study.rates is not None and study.rates.extend:
+        text.append(f"      up to {study.rates.extend} more for a design whose best rate is at the edge of the values")
     speed = estimates.speed("")
     total = f"{sum(n for n, _ in counts):>5} runs, {count_text(tokens)} tokens"
     if speed is None:

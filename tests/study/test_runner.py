@@ -77,6 +77,49 @@ def test_a_search_halves_its_rates_on_growing_budgets(chaos: ModuleType, tmp_pat
     assert (found.chosen, found.at_edge) == ((1.0,), False), "one rate is no search, and no edge of one"
 
 
+def test_a_search_goes_on_beyond_an_edge(chaos: ModuleType, tmp_path: Path) -> None:
+    rates = Rates(values=[2.0, 4.0, 8.0], tokens=800, keep=1, extend=2)
+    grid = Grid(chaos.study_of(tmp_path / "base.yaml", rates=rates.model_dump(), seeds=[1]), "code")
+    losses = {(400, 2.0): 1.0, (400, 4.0): 2.0, (400, 8.0): 3.0, (800, 2.0): 0.5, (800, 4.0): 0.6}
+
+    def found() -> tuple[Any, ...]:
+        now = search(grid, grid.variants[0], lambda point: losses.get((point.tokens, point.rate)))
+        return now.chosen, [(point.tokens, point.rate, point.search) for point in now.missing], now.at_edge
+
+    assert found() == ((), [(800, 1.0, True)], False), "2 is the smallest value"
+    losses[800, 1.0] = 0.7
+    assert found() == ((2.0,), [], False)
+    losses[800, 1.0] = float("inf")
+    assert found() == ((2.0,), [], False)
+    losses[800, 1.0] = 0.4
+    assert found() == ((), [(800, 0.5, True)], False)
+    losses[800, 0.5] = 0.3
+    assert found() == ((0.5,), [], True), "two were added"
+    losses |= {(400, 8.0): 0.1, (800, 8.0): 0.2, (800, 2.0): 0.3}
+    assert found() == ((), [(800, 16.0, True)], False)
+    points = {(point.tokens, point.rate) for point in grid.all_points() if point.variant.design == "mha"}
+    assert {(800, rate) for rate in (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)} <= points
+    assert {(160, rate) for rate in (0.5, 32.0)} <= points, "long runs at a rate beyond"
+    assert not any(rate in (0.25, 64.0) for _, rate in points)
+
+
+def test_a_study_trains_the_rates_beyond_an_edge(chaos: ModuleType, tmp_path: Path) -> None:
+    """The trainer's loss is lowest at 0.002."""
+    rates = {"values": [0.008, 0.016], "tokens": 64, "extend": 5}
+    study = chaos.study_of(tmp_path / "base.yaml", rates=rates, evaluate={}, seeds=[1])
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0))
+    assert "up to 5 more for a design" in dry_run(Grid(study, "code"), runner.layout, Estimates(), 1)
+    assert runner.run() == 0
+    done = read_results(tmp_path / "results")
+    tried = {result.rate for result in done if result.content["search"] and result.variant.design == "mha"}
+    assert tried == {0.016, 0.008, 0.004, 0.002, 0.001}
+    assert {result.rate for result in done if not result.content["search"]} == {0.002}
+    write_report(study, runner.layout)
+    report = (tmp_path / "report" / "report.md").read_text()
+    assert report.count("| 0.002 ") == 2
+    assert "edge)" not in report
+
+
 def test_designs_may_search_their_own_rates(chaos: ModuleType, tmp_path: Path) -> None:
     rates = {"values": {"default": [0.001, 0.002], "cla": [0.002, 0.004, 0.008, 0.016]}, "tokens": 64, "keep": 1}
     study = chaos.study_of(tmp_path / "base.yaml", rates=rates, evaluate={}, seeds=[1])

@@ -141,11 +141,15 @@ def _of_study(options: argparse.Namespace, words: Sequence[str]) -> dict[str, bo
     }
 
 
-def _check_data(study: Study) -> None:
-    """Refuse texts of `evaluate` that are missing, before anything is trained."""
+def _check_data(study: Study, configs: Sequence[Config]) -> None:
+    """Refuse texts of `evaluate` and prepared folders of runs that are missing, before anything is trained."""
+    from cllm.data.manifest import Manifest
+
     for path in study.evaluate.data:
         if not Path(path).exists():
             raise UserError(f"study {study.name}: evaluate.data: {path}: no such file or folder")
+    for folder in dict.fromkeys(f for c in configs for f in (*c.data.weights, *c.data.validation_sets.values())):
+        Manifest.read(folder)
 
 
 def _task_command(options: argparse.Namespace, overrides: list[str], layout) -> list[str]:
@@ -176,8 +180,8 @@ def _work(options: argparse.Namespace, study, layout, seconds: float | None) -> 
     slots = [Slot(gpu) for gpu in gpus] or [Slot(None) for _ in range(options.workers)]
     grid = Grid(study, code_version(), options.only)
     estimates = Estimates(options.tokens_per_second or study.tokens_per_second, overridden=options.dry_run)
-    for variant in grid.variants:  # mistakes are reported before anything is written
-        grid.config(grid.point(variant, study.tokens[0], 0, None), layout.runs)
+    points = [grid.point(variant, study.tokens[0], 0, None) for variant in grid.variants]
+    configs = [grid.config(point, layout.runs) for point in points]  # mistakes are reported before anything is written
     if options.dry_run:
         print(dry_run(grid, layout, estimates, len(slots)))
         return 0
@@ -186,7 +190,7 @@ def _work(options: argparse.Namespace, study, layout, seconds: float | None) -> 
         estimates.learn(read_results(layout.results))
         print(status(queue, estimates, len(slots)))
         return 0
-    _check_data(study)
+    _check_data(study, configs if any(work == "train" for _, work in queue.left()) else ())
     print(f"results go to {layout.results}, runs to {layout.runs}", file=sys.stderr, flush=True)
     runner = Runner(queue, CllmCommands(), slots, estimates, Options(seconds=seconds, share=study.share_gpu))
     busy = Utilisation(gpus)

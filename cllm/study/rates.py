@@ -42,14 +42,19 @@ class Search:
         return bool(self.rounds) and not self.chosen and not self.missing
 
     @property
+    def tried(self) -> list[float]:
+        """The rates of all rounds."""
+        return _tried(self.rounds)
+
+    @property
     def at_edge(self) -> bool:
         """Whether the best rate is the smallest or largest of several, so that a better one may lie outside."""
-        values = _tried(self.rounds)
+        values = self.tried
         return len(values) > 1 and bool(self.chosen) and self.chosen[0] in (min(values), max(values))
 
 
-def _tried(rounds: Sequence[Round]) -> set[float]:
-    return {rate for part in rounds for rate in part.losses}
+def _tried(rounds: Sequence[Round]) -> list[float]:
+    return list(dict.fromkeys(rate for part in rounds for rate in part.losses))
 
 
 def search(grid: Grid, variant: Variant, loss_of: LossOf) -> Search:

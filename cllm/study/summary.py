@@ -221,7 +221,8 @@ def _best(
 ) -> tuple[list[Result], str]:
     """The results of a variant at the learning rate to show, and a note on it.
 
-    Of the rates found and the known one it is that with the lowest loss, among those with the most seeds.
+    Of the rates found and the known one it is that with the lowest loss, among those with the most seeds. While the
+    search goes on, of all that it has tried.
     """
 
     def at(rate: float | None) -> list[Result]:
@@ -233,7 +234,7 @@ def _best(
         return at(None), "as configured"
     assert grid.study.rates is not None
     known = grid.study.rates.known_for(variant.design)
-    rates = dict.fromkeys([*found.chosen, *([] if known is None else [known])])
+    rates = dict.fromkeys([*found.chosen, *([] if known is None else [known]), *(found.tried if found.missing else ())])
     candidates = {rate: results for rate in rates if (results := at(rate))}
     if not candidates:
         return [], ""
@@ -245,7 +246,7 @@ def _best(
     outcome = f"the search found {found.chosen[0]:g}" if found.chosen else "not searched yet"
     if found.diverged:
         outcome = "all rates of a round diverged"
-    return full[best], f"known; {outcome}"
+    return full[best], f"known; {outcome}" if best == known else "the search goes on"
 
 
 # ---- evaluations

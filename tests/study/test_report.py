@@ -420,3 +420,20 @@ def test_of_the_found_and_the_known_rate_the_better_long_run_is_shown(chaos: Mod
         content = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps({**content, "loss": content["loss"] - 9.0}), encoding="utf-8")
     assert shown() == {(0.001, "known; the search found 0.002")}
+
+
+def test_the_best_rate_so_far_is_shown_while_a_search_goes_on_beyond_its_values(
+    chaos: ModuleType, tmp_path: Path
+) -> None:
+    rates = {"values": [0.004, 0.008], "tokens": 160}
+    study = chaos.study_of(tmp_path / "base.yaml", rates=rates, seeds=[1], evaluate={})
+    runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0))
+    assert runner.run() == 0
+
+    def shown(**more: int) -> list[tuple[str, float, str]]:
+        extended = chaos.study_of(tmp_path / "base.yaml", rates=rates | more, seeds=[1], evaluate={})
+        summary = summarise(extended, read_results(runner.layout.results))
+        return [(row.label, row.first.rate, row.note) for row in summary.rows]
+
+    assert shown() == [("mha", 0.004, "edge"), ("cla", 0.004, "edge")]
+    assert shown(extend=1) == [("mha", 0.004, "the search goes on"), ("cla", 0.004, "the search goes on")]

@@ -68,6 +68,7 @@ DECODE = (
     "2026-11-25-decode-capacity-h200.json",
 )  # fmt: skip
 LEFT_OUT = {
+    "2026-11-29-study-rates-norm-1m-cpu": "models of 1 M parameters after 1 M tokens",
     "2026-11-29-study-rates-50m-h200": "learning rates of mla, without mha beside them",
     "2026-11-22-decode-1364m-peers-h200.json": "repeats steps of 2026-11-22-decode-1364m-h200.json",
     "2026-11-29-decode-latents-before-1364m-h200.json": "latents, with an older kernel",

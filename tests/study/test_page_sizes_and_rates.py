@@ -70,19 +70,25 @@ def test_the_sentences_about_110m(larger: Summary) -> None:
     answers(f"fusedkv_lite is {gap:.3f}")
 
 
+def rows_of(summary: Summary, rates: tuple[float, ...]) -> list[list[str]]:
+    """The rows of a table of rates: design, tokens, and the loss at each rate."""
+    found = []
+    for label, searched in summary.searches.items():
+        for part in searched.rounds:
+            cells = [part.losses.get(rate) for rate in rates]
+            if any(cell is not None for cell in cells):
+                losses = ["" if cell is None else f"{cell:.3f}" for cell in cells]
+                digits = 0 if part.tokens > 2e6 else 1
+                found.append([label, f"{part.tokens / 1e6:.{digits}f} M", *losses])
+    return found
+
+
 def test_the_table_of_rates() -> None:
     study = load_study(RESULTS / "2026-11-29-study-rates-50m.yaml")
     summary = summarise(study, read_results(RATES))
     assert {result.name for result in summary.used} == {file.stem for file in RATES.glob("*.json")}
-    expected = []
-    for label, found in summary.searches.items():
-        for part in found.rounds:
-            cells = [part.losses.get(rate) for rate in (7.5e-4, 1.5e-3, 3e-3)]
-            if any(cell is not None for cell in cells):
-                losses = ["" if cell is None else f"{cell:.3f}" for cell in cells]
-                expected.append([label, f"{part.tokens / 1e6:.0f} M", *losses])
     _, _, *rows = table("## Learning rates after 50 M tokens", "design")
-    assert rows == expected
+    assert rows == rows_of(summary, (7.5e-4, 1.5e-3, 3e-3))
     mla = summary.searches["mla"]
     assert (mla.chosen, mla.at_edge) == ((7.5e-4,), True)
 
@@ -98,3 +104,20 @@ def test_the_table_of_rates() -> None:
         f"after 50 M tokens half of it is {better(50e6)} nats better",
     )
     answers(f"mla is {better(50e6)} nats better at half of")
+
+
+def test_rates_with_and_without_a_norm_on_keys() -> None:
+    study = load_study(RESULTS / "2026-11-29-study-rates-norm-1m-cpu.yaml")
+    folder = RESULTS / "2026-11-29-study-rates-norm-1m-cpu"
+    summary = summarise(study, read_results(folder))
+    assert {result.name for result in summary.used} == {file.stem for file in folder.glob("*.json")}
+    log = (DOCS / "log" / "designs.md").read_text(encoding="utf-8")
+    lines = log.split("## 2026-11-29, two CPU cores: rates")[1].split("| design |")[1].split("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert cells == rows_of(summary, (1.5e-3, 3e-3, 6e-3, 1.2e-2))
+    assert {(found.chosen, found.at_edge) for found in summary.searches.values()} == {((6e-3,), False)}
+    first = {label: found.rounds[0].losses for label, found in summary.searches.items()}
+    above = {label: f"{(losses[1.2e-2] or 0) - (losses[6e-3] or 0):.3f}" for label, losses in first.items()}
+    said(f"Twice that rate costs {above['mha']}, {above['mha-no-norm']} and {above['mla']} nats")
+    gap = row(summary, "mha").loss.mean - row(summary, "mha-no-norm").loss.mean
+    said(f"mha without the norm is {gap:.3f} below mha with it", text=log)

@@ -123,9 +123,8 @@ class Grid:
         for variant in self.variants:
             rates: list[float | None] = [None]
             if study.rates is not None:
-                known = study.rates.known_for(variant.design)
                 values = study.rates.search_of(variant.design).reachable
-                rates = [*dict.fromkeys([*values, *([] if known is None else [known])])]
+                rates = [*dict.fromkeys([*values, *study.rates.known_of(variant.design)])]
             for tokens, seed, rate in itertools.product(study.tokens, study.seeds_of(variant.design), rates):
                 yield self.point(variant, tokens, seed, rate)
         if study.rates is not None:

@@ -88,7 +88,7 @@ class Queue:
         for tokens in budgets if study.rates is not None else ():
             for variant in grid.variants:
                 assert study.rates is not None
-                if (known := study.rates.known_for(variant.design)) is not None:
+                for known in study.rates.known_of(variant.design):
                     yield grid.point(variant, tokens, study.seeds_of(variant.design)[0], known)
         for n in range(max((len(found.rounds) for found in searches.values()), default=0)):
             parts = [(variant, part) for variant in grid.variants for part in searches[variant.label].rounds[n : n + 1]]

@@ -134,14 +134,12 @@ class Rates(Section):
 
     def search_of(self, design: str) -> Halving:
         """The search of a design's rate. Raises `ValueError` if it has no values."""
-        values = by_design(self.values, design) if isinstance(self.values, dict) else self.values
-        if values is None:
-            raise ValueError(f"rates.values has neither {design} nor default")
-        return Halving(values, self.tokens, self.keep, self.extend)
+        return Halving(_needed(self.values, design, "rates.values"), self.tokens, self.keep, self.extend)
 
-    def known_for(self, design: str) -> float | None:
-        """The known rate of a design."""
-        return by_design(self.known, design) if isinstance(self.known, dict) else self.known
+    def known_of(self, design: str) -> list[float]:
+        """The known rate of a design, if it has one."""
+        known = _by_design(self.known, design)
+        return [] if known is None else [known]
 
 
 ShareGPU = bool | Literal["trainings", "evaluations"]
@@ -296,11 +294,7 @@ class Study(Section):
 
     def seeds_of(self, design: str) -> list[int]:
         """The seeds of a design. Raises `ValueError` if it has none."""
-        if isinstance(self.seeds, list):
-            return self.seeds
-        found = by_design(self.seeds, design)
-        if found is None:
-            raise ValueError(f"seeds has neither {design} nor default")
+        found: list[int] = _needed(self.seeds, design, "seeds")
         if not found:
             raise ValueError(f"seeds of {design} are []; allowed: at least one")
         return found
@@ -322,9 +316,17 @@ def _check_keys(keys: Sequence[str], where: str, *, searched: bool = False) -> N
             raise ValueError(f"{where}: {key} has no effect: a study sets it, see its `{given[key]}`")
 
 
-def by_design(values: dict[str, Any], design: str) -> Any:
-    """The value of a design in a mapping, or that of `default`; None if it has neither."""
-    return values.get(design, values.get(DEFAULT))
+def _by_design(values: Any, design: str) -> Any:
+    """The value of a design in a mapping, or that of `default`; None if it has neither. Others are for all designs."""
+    return values.get(design, values.get(DEFAULT)) if isinstance(values, dict) else values
+
+
+def _needed(values: Any, design: str, key: str) -> Any:
+    """`_by_design`. Raises `ValueError` with the key of the values if there is none."""
+    found = _by_design(values, design)
+    if found is None:
+        raise ValueError(f"{key} has neither {design} nor default")
+    return found
 
 
 def load_study(file: str | Path, overrides: Sequence[str] = ()) -> Study:

@@ -180,9 +180,9 @@ def _counts(grid: Grid) -> list[tuple[int, int]]:
     for variant in grid.variants:
         keep, more, searched = 1, 0, list[int]()
         if study.rates is not None:
-            halving, known = study.rates.search_of(variant.design), study.rates.known_for(variant.design)
+            halving, known = study.rates.search_of(variant.design), study.rates.known_of(variant.design)
             keep, searched = halving.keep, halving.budgets
-            more = int(known is not None and known not in halving.values)
+            more = sum(rate not in halving.values for rate in known)
             short.update(dict(zip(searched, halving.sizes, strict=True)))
         for tokens in study.tokens:
             seeds = len(study.seeds_of(variant.design)) - (tokens in searched)

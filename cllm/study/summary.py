@@ -233,8 +233,8 @@ def _best(
     if found is None:
         return at(None), "as configured"
     assert grid.study.rates is not None
-    known = grid.study.rates.known_for(variant.design)
-    rates = dict.fromkeys([*found.chosen, *([] if known is None else [known]), *(found.tried if found.missing else ())])
+    known = grid.study.rates.known_of(variant.design)
+    rates = dict.fromkeys([*found.chosen, *known, *(found.tried if found.missing else ())])
     candidates = {rate: results for rate in rates if (results := at(rate))}
     if not candidates:
         return [], ""
@@ -246,7 +246,7 @@ def _best(
     outcome = f"the search found {found.chosen[0]:g}" if found.chosen else "not searched yet"
     if found.diverged:
         outcome = "all rates of a round diverged"
-    return full[best], f"known; {outcome}" if best == known else "the search goes on"
+    return full[best], f"known; {outcome}" if best in known else "the search goes on"
 
 
 # ---- evaluations

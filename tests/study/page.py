@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +56,20 @@ def copying_of(result: Result, spec: str) -> list[dict[str, Any]]:
     which = ("copying", "all", spec)
     found = result.content["evaluations"]
     return [record for record in found if tuple(map(record.get, ("suite", "task", "spec"))) == which]
+
+
+def written(losses: Mapping[float, float | None], rates: Sequence[float]) -> list[str]:
+    """Cells of a table: the loss at each rate, or nothing."""
+    return ["" if (loss := losses.get(rate)) is None else f"{loss:.3f}" for rate in rates]
+
+
+def to_mha(row: Row) -> str:
+    """The cell of the difference to mha, empty for mha."""
+    pairs = None if row.difference is None else row.difference.pairs
+    return "" if pairs is None else f"{pairs.mean:+.3f}"
+
+
+def copied(row: Row) -> str:
+    """The cell of copying, empty if it was not measured."""
+    found = [f"{c['accuracy']:.1f} ± {c['accuracy_stderr']:.1f}" for c in copying(row, "as it is")]
+    return "".join(found)

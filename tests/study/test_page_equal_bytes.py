@@ -13,7 +13,21 @@ import pytest
 from cllm.study.results import read_results
 from cllm.study.schema import load_study
 from cllm.study.summary import Row, Summary, summarise
-from tests.study.page import DOCS, RESULTS, at, copying, copying_of, flat, row, said, table, text_loss
+from tests.study.page import (
+    DOCS,
+    RESULTS,
+    at,
+    copied,
+    copying,
+    copying_of,
+    flat,
+    row,
+    said,
+    table,
+    text_loss,
+    to_mha,
+    written,
+)
 
 FOLDER = RESULTS / "2026-11-28-study-equal-bytes-h200"
 RATES = (1.5e-3, 3e-3)
@@ -38,21 +52,6 @@ def searched(summary: Summary, design: str, tag: str = "val/loss") -> dict[float
     """The last validation of a design's runs of the search by their rates."""
     runs = {r.content["rate"]: r for r in summary.used if r.content["search"] and r.variant.design == design}
     return {rate: run.curve(tag)[-1][1] for rate, run in runs.items()}
-
-
-def written(losses: dict[float, float], rates: Sequence[float] = RATES) -> list[str]:
-    """Cells of a table: the loss at each rate, or nothing."""
-    return [f"{losses[rate]:.3f}" if rate in losses else "" for rate in rates]
-
-
-def to_mha(row: Row) -> str:
-    pairs = None if row.difference is None else row.difference.pairs
-    return "" if pairs is None else f"{pairs.mean:+.3f}"
-
-
-def copied(row: Row) -> str:
-    found = [f"{c['accuracy']:.1f} ± {c['accuracy_stderr']:.1f}" for c in copying(row, "as it is")]
-    return "".join(found)
 
 
 def long(summary: Summary, row: Row) -> dict[float, float]:
@@ -80,7 +79,7 @@ def test_the_table_of_half_of_the_cache(both: Summary) -> None:
         kv = found.first.content["summary"]["kv_vs_mha"]
         assert kv["resident"] == (1.0 if found.label == "mha" else 0.5)
         against = "" if name_of(found) == "gqa" else f"{found.loss.mean - gqa:+.3f}"
-        rates = [*written(short), *written(losses)]
+        rates = [*written(short, RATES), *written(losses, RATES)]
         cells = [to_mha(found), against, f"{learned(found) / 1e6:.0f} M", copied(found)]
         expected.append([name_of(found), f"{kv['read']:.3f}", *rates, *cells])
     _, _, *rows = table("## Twelve designs, half of the cache", "design")
@@ -99,7 +98,7 @@ def test_the_table_of_a_quarter_of_the_cache(both: Summary) -> None:
         assert kv["resident"] == (1.0 if name == "mha" else 0.25)
         losses, short = long(both, found), searched(both, found.variant.design)
         assert found.loss.mean == losses[1.5e-3] == min(losses.values())
-        rates = [*written(short), *written(losses)]
+        rates = [*written(short, RATES), *written(losses, RATES)]
         against = "" if name in ("mha", "xmla") else f"{found.loss.mean - halves[name].loss.mean:+.3f}"
         cells = [to_mha(found), against, f"{learned(found) / 1e6:.0f} M", copied(found)]
         expected.append([name, f"{kv['read']:.3f}", *rates, *cells])

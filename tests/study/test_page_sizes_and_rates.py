@@ -9,7 +9,7 @@ import pytest
 from cllm.study.results import Result, read_results
 from cllm.study.schema import load_study
 from cllm.study.summary import Summary, summarise
-from tests.study.page import DOCS, RESULTS, at, copying, flat, row, said, table, text_loss
+from tests.study.page import DOCS, RESULTS, at, copied, flat, row, said, table, text_loss, to_mha, written
 
 SIZE = RESULTS / "2026-11-29-study-110m-h200"
 RATES = RESULTS / "2026-11-29-study-rates-50m-h200"
@@ -32,11 +32,8 @@ def test_the_table_of_110m(larger: Summary) -> None:
     for found in sorted(larger.rows, key=lambda found: found.loss.mean):
         first = found.first
         losses = [f"{at(first, tokens):.3f}" for tokens in (50e6, 100e6, 150e6, 200e6, 250e6)]
-        pairs = None if found.difference is None else found.difference.pairs
-        (record,) = copying(found, "as it is")
-        copied = f"{record['accuracy']:.1f} ± {record['accuracy_stderr']:.1f}"
         share = first.content["summary"]["kv_vs_mha"]["resident"]
-        expected.append([found.label, f"{share:.3f}", *losses, "" if pairs is None else f"{pairs.mean:+.3f}", copied])
+        expected.append([found.label, f"{share:.3f}", *losses, to_mha(found), copied(found)])
         assert first.content["summary"]["parameters"] == pytest.approx(110.1e6, rel=1e-3)
     _, _, *rows = table("## One size up: 110 M", "design")
     assert rows == expected
@@ -75,11 +72,9 @@ def rows_of(summary: Summary, rates: tuple[float, ...]) -> list[list[str]]:
     found = []
     for label, searched in summary.searches.items():
         for part in searched.rounds:
-            cells = [part.losses.get(rate) for rate in rates]
-            if any(cell is not None for cell in cells):
-                losses = ["" if cell is None else f"{cell:.3f}" for cell in cells]
+            if any(cells := written(part.losses, rates)):
                 digits = 0 if part.tokens > 2e6 else 1
-                found.append([label, f"{part.tokens / 1e6:.{digits}f} M", *losses])
+                found.append([label, f"{part.tokens / 1e6:.{digits}f} M", *cells])
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,16 +148,16 @@ def test_a_cycle_keeps_activations_of_every_pass_with_gradients() -> None:
     kept, estimated = [], []
     for backward in (1, 2, 3):
         model.plan = KVPlan.of(model.plan.layers, Iterations(forward=1, backward=backward))
-        seen: dict[int, int] = {}
+        saved: list[weakref.ref[torch.Tensor]] = []  # addresses of what the graph has let go are used again
 
-        def pack(tensor: torch.Tensor, seen: dict[int, int] = seen) -> torch.Tensor:
-            if tensor.data_ptr() not in own:
-                seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        def pack(tensor: torch.Tensor, saved: list[weakref.ref[torch.Tensor]] = saved) -> torch.Tensor:
+            saved.append(weakref.ref(tensor))
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             hidden = model.hidden(ids)
-        kept.append(sum(seen.values()))
+        alive = [tensor for reference in saved if (tensor := reference()) is not None and tensor.data_ptr() not in own]
+        kept.append(sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}.values()))
         assert hidden.requires_grad
         estimated.append(memory_estimate(model, config, Launch.planned(config))["activations"])
     assert kept[2] - kept[1] == pytest.approx(kept[1] - kept[0], rel=0.05), "a pass is a pass"

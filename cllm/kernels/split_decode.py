@@ -18,6 +18,7 @@ from cllm.kernels import split_latent, split_tied, triton_decode
 from cllm.kernels.chunks import Chunk, argument, channels, chunks_of, key_chunk_of, out_starts
 from cllm.kernels.limits import Limits, balanced_splits, device_limits, next_power_of_2
 from cllm.kernels.split_latent import LatentTiles
+from cllm.kernels.split_launch import Launch
 from cllm.kernels.split_tied import TiedTiles
 
 FLOAT8 = torch.float8_e4m3fn
@@ -257,19 +258,24 @@ def run(
         raise ValueError("elementwise tiles do not rotate keys")
     width = sum(v.shape[-1] for v in values)
     out = queries[0].new_empty((batch, n_heads, width), dtype=queries[0].dtype if log_sum is None else torch.float32)
-    partial = torch.empty((batch, n_heads, tiles.splits, width), dtype=torch.float32, device=out.device)
-    log_sums = torch.empty((batch, n_heads, tiles.splits), dtype=torch.float32, device=out.device)
-    seen = (column, first, min(length, window or length), exclude_self, scale * math.log2(math.e))
+    call = Launch(
+        column=column,
+        first=first,
+        length=length,
+        window=min(length, window or length),
+        exclude_self=exclude_self,
+        log2_scale=scale * math.log2(math.e),
+        partial=torch.empty((batch, n_heads, tiles.splits, width), dtype=torch.float32, device=out.device),
+        log_sums=torch.empty((batch, n_heads, tiles.splits), dtype=torch.float32, device=out.device),
+    )
     if isinstance(tiles, TiedTiles):
         assert rotation is not None
-        split_tied.launch(
-            tiles, queries[0], keys[0], key_scales[0], rotation.cos, rotation.sin, *seen, partial, log_sums
-        )  # fmt: skip
+        split_tied.launch(tiles, queries[0], keys[0], key_scales[0], rotation.cos, rotation.sin, call)
     elif isinstance(tiles, LatentTiles):
-        split_latent.launch(tiles, queries, keys, *seen, partial, log_sums)
+        split_latent.launch(tiles, queries, keys, call)
     else:
-        _launch(tiles, *arguments, rotation, *seen, partial, log_sums)
-    _merge_splits(partial, log_sums, out, log_sum)
+        _launch(tiles, *arguments, rotation, call)
+    _merge_splits(call.partial, call.log_sums, out, log_sum)
     return out
 
 
@@ -295,17 +301,11 @@ def _launch(
     values: Sequence[Tensor],
     value_scales: Sequence[Tensor | None],
     rotation: Rotation | None,
-    column: Tensor,
-    first: Tensor | None,
-    window: int,
-    exclude_self: bool,
-    log2_scale: float,
-    partial: Tensor,
-    log_sums: Tensor,
+    call: Launch,
 ) -> None:
-    """Write the results of all splits, `partial` (B, H, splits, sum of E) and `log_sums` (B, H, splits)."""
+    """Write the results of all splits."""
     batch, n_heads = queries[0].shape[:2]
-    length, groups = keys[0].shape[1:3]
+    groups = keys[0].shape[2]
     heads = n_heads // groups
     halved = _halved(rotation, keys, values)
     key_chunks, value_chunks = chunks_of(keys, halved[0]), chunks_of(values, halved[1])
@@ -317,10 +317,10 @@ def _launch(
         "OUT_WIDTHS": tuple(chunk.width for chunk in value_chunks),
         "OUT_BLOCKS": tuple(chunk.block for chunk in value_chunks),
         "OUT_STARTS": out_starts(value_chunks, values),
-        "OUT_WIDTH": partial.shape[-1],
+        "OUT_WIDTH": call.partial.shape[-1],
         "V_FROM": key_chunk_of(value_chunks, values, value_scales, key_chunks, keys, key_scales),
         "V_SCALED": tuple(value_scales[chunk.part] is not None for chunk in value_chunks),
-        "EXCLUDE_SELF": exclude_self,
+        "EXCLUDE_SELF": call.exclude_self,
         "BLOCK_N": tiles.block_n,
         "STAGES": tiles.num_stages,
         "num_warps": tiles.num_warps,
@@ -330,9 +330,8 @@ def _launch(
         tuple(argument(chunk, keys, key_scales) for chunk in key_chunks),
         tuple(argument(chunk, values, value_scales) for chunk in value_chunks),
     )
-    rule = (column, first, partial, log_sums, length, window, log2_scale)
     if tiles.elementwise:
-        triton_decode.split_elementwise[(batch * groups, tiles.splits)](*parts, *rule, **constants)
+        triton_decode.split_elementwise[(batch * groups, tiles.splits)](*parts, *call.arguments, **constants)
     else:
         block_h = head_block(heads)
         turns, turned = _turns(rotation, batch, key_chunks)
@@ -341,7 +340,7 @@ def _launch(
         triton_decode.split_dot[(batch * groups * -(-heads // block_h), tiles.splits)](
             *parts,
             *turns,
-            *rule,
+            *call.arguments,
             **constants,
             **turned,
             HEADS=heads,

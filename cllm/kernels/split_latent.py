@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cllm.kernels import gluon_latent, hopper
 from cllm.kernels.limits import Limits
+from cllm.kernels.split_launch import Launch
 
 TILE = 64
 """Tokens of a tile, and channels of a slab. Written as 64 in the kernel, which cannot read globals."""
@@ -96,34 +97,19 @@ def choose_tiles(*, batch: int, columns: int, limits: Limits) -> LatentTiles:
     return LatentTiles(splits=min(sorted(numbers), key=time))
 
 
-def launch(
-    tiles: LatentTiles,
-    queries: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    column: Tensor,
-    first: Tensor | None,
-    window: int,
-    exclude_self: bool,
-    log2_scale: float,
-    partial: Tensor,
-    log_sums: Tensor,
-) -> Any:
-    """Write the results of all splits, `partial` (B, H, splits, 512) and `log_sums` (B, H, splits), for `merge`.
+def launch(tiles: LatentTiles, queries: Sequence[Tensor], keys: Sequence[Tensor], call: Launch) -> Any:
+    """Write the results of all splits, for `merge`.
 
     Args:
         queries: (B, H, 512) and (B, H, 64).
         keys: the latent (B, S, 1, 512) and the RoPE key (B, S, 1, 64).
-        window: number of columns that a token sees, at most S.
-        log2_scale: the factor on scores, times log2 e.
 
     Returns:
         The compiled kernel.
     """
-    batch, length = keys[0].shape[:2]
     descriptors = [hopper.tma_descriptor(x, TILE, TILE) for x in keys]
-    return gluon_latent.split_latent[(tiles.splits, batch)](
-        *queries, *descriptors, queries[0].stride()[:2], queries[1].stride()[:2], column, first, partial, log_sums,
-        length, window, log2_scale,
+    return gluon_latent.split_latent[(tiles.splits, len(keys[0]))](
+        *queries, *descriptors, queries[0].stride()[:2], queries[1].stride()[:2], *call.arguments,
         HEADS=queries[0].shape[1], BLOCK_H=MAX_HEADS, SLABS=RANK // TILE + 1, PER_PART=_PER_PART, RING=_RING,
-        EXCLUDE_SELF=exclude_self, num_warps=4, maxnreg=_REGISTERS,
+        EXCLUDE_SELF=call.exclude_self, num_warps=4, maxnreg=_REGISTERS,
     )  # fmt: skip

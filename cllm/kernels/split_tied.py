@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cllm.kernels import triton_decode, triton_tied
 from cllm.kernels.limits import Limits, balanced_splits, next_power_of_2
+from cllm.kernels.split_launch import Launch
 
 MAX_DIM = 256
 MAX_HEADS = 2
@@ -94,40 +95,26 @@ def choose_tiles(*, groups: int, dim: int, size: int, columns: int, limits: Limi
 
 
 def launch(
-    tiles: TiedTiles,
-    query: Tensor,
-    x: Tensor,
-    scale: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    column: Tensor,
-    first: Tensor | None,
-    window: int,
-    exclude_self: bool,
-    log2_scale: float,
-    partial: Tensor,
-    log_sums: Tensor,
+    tiles: TiedTiles, query: Tensor, x: Tensor, scale: Tensor | None, cos: Tensor, sin: Tensor, call: Launch
 ) -> Any:
-    """Write the results of all splits, `partial` (B, H, splits, D) and `log_sums` (B, H, splits), for `merge`.
+    """Write the results of all splits, for `merge`.
 
     Args:
         query: (B, H, D).
         x: (B, S, G, D), keys before RoPE and values.
         scale: (B, S, G) of float8 numbers, or None.
         cos: (B or 1, S, D / 2) fp32 for each entry; `sin` has the same shape, strides and dtype.
-        window: number of columns that a token sees, at most S.
-        log2_scale: the factor on scores, times log2 e.
 
     Returns:
         The compiled kernel, or None in the interpreter.
     """
-    batch, length, groups, dim = x.shape
+    batch, _, groups, dim = x.shape
     scales = x if scale is None else scale  # a tuple cannot hold None; without scales the kernel does not read it
     return triton_tied.split_tied[(batch * groups, tiles.splits)](
         query, query.stride()[:2], (x, x.stride()[:3]), (scales, scales.stride()[:3]), cos, sin,
-        cos.expand(batch, -1, -1).stride()[:2], column, first, partial, log_sums, length, window, log2_scale,
+        cos.expand(batch, -1, -1).stride()[:2], *call.arguments,
         G=groups, HEADS=query.shape[1] // groups, HALF=dim // 2, BLOCK=_block(dim), SCALED=scale is not None,
-        EXCLUDE_SELF=exclude_self, LONG=length * x.stride(1) >= 2**31,
+        EXCLUDE_SELF=call.exclude_self, LONG=call.length * x.stride(1) >= 2**31,
         ROWS=tiles.rows(dim), PARTS=tiles.parts, STAGES=tiles.num_stages,
         PACKED=x.dtype == torch.bfloat16 and not triton_decode.INTERPRETED,
         num_warps=tiles.num_warps,

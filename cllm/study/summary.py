@@ -244,7 +244,9 @@ def _best(
     if best in found.chosen:
         return full[best], "edge" if found.at_edge else "found"
     outcome = f"the search found {found.chosen[0]:g}" if found.chosen else "not searched yet"
-    if found.diverged:
+    if not found.rounds:  # the values are those that a search would leave
+        outcome = "no search"
+    elif found.diverged:
         outcome = "all rates of a round diverged"
     return full[best], f"known; {outcome}" if best in known else "the search goes on"
 

@@ -406,8 +406,15 @@ def test_other_models_are_beside_the_designs(finished: Path, chaos: ModuleType, 
         write_report(study, layout)
 
 
-def test_of_the_found_and_the_known_rate_the_better_long_run_is_shown(chaos: ModuleType, tmp_path: Path) -> None:
-    rates = {"values": [0.001, 0.002], "tokens": 64, "known": 0.001}
+@pytest.mark.parametrize(
+    ("values", "note", "known_note"),
+    [([0.001, 0.002], "edge", "known; the search found 0.002"), ([0.002], "found", "known; no search")],
+    ids=["searched", "one value"],
+)
+def test_of_the_found_and_the_known_rate_the_better_long_run_is_shown(
+    values: list[float], note: str, known_note: str, chaos: ModuleType, tmp_path: Path
+) -> None:
+    rates = {"values": values, "tokens": 64, "known": 0.001}
     study = chaos.study_of(tmp_path / "base.yaml", rates=rates, seeds=[1], evaluate={})
     runner = chaos.runner_of(study, tmp_path, chaos.FakeCommands(0))
     assert runner.run() == 0
@@ -415,11 +422,11 @@ def test_of_the_found_and_the_known_rate_the_better_long_run_is_shown(chaos: Mod
     def shown() -> set[tuple[float, str]]:
         return {(row.first.rate, row.note) for row in summarise(study, read_results(runner.layout.results)).rows}
 
-    assert shown() == {(0.002, "edge")}
+    assert shown() == {(0.002, note)}
     for file in runner.layout.results.glob("*-lr0.001-160-*.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps({**content, "loss": content["loss"] - 9.0}), encoding="utf-8")
-    assert shown() == {(0.001, "known; the search found 0.002")}
+    assert shown() == {(0.001, known_note)}
 
 
 def test_the_best_rate_so_far_is_shown_while_a_search_goes_on_beyond_its_values(

@@ -1,8 +1,12 @@
 """Run a test file in Triton's interpreter: `TRITON_INTERPRET=1 python tests/kernels/interpret.py FILE`.
 
-For a kernel, the interpreter replaces the functions of `triton.language` by its own. It does the same again for each
-call of a function in the kernel, where they are its own already. That takes half of the time of small kernels, so here
-it is done once a kernel.
+Three things take most of the time of small kernels, and are left out here:
+
+- For a kernel, the interpreter replaces the functions of `triton.language` by its own. It does the same again for each
+  call of a function in the kernel, where they are its own already. Here it is done once a kernel.
+- Every sum of 32-bit integers is computed again in 64 bits, to see whether it overflows. A GPU does not do that either:
+  it wraps, as numpy does here, and the test sees a wrong result.
+- For each operation a table of numpy's types is built again.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import runpy
 import sys
 from typing import Any
 
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -41,8 +46,33 @@ def replace_language_once_a_kernel() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = replace_once, run_and_forget
 
 
+def leave_out_checks_of_overflow() -> None:
+    """Let integers wrap."""
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None
+
+
+def remember_types() -> None:
+    """Look numpy's type of each of Triton's up once."""
+    look_up, found = interpreter._get_np_dtype, dict[Any, Any]()
+
+    def remembered(dtype: Any) -> Any:
+        element = getattr(dtype, "element_ty", dtype) if dtype.is_block() else dtype
+        if element.is_ptr():
+            return look_up(element)
+        if element not in found:
+            found[element] = look_up(element)
+        return found[element]
+
+    interpreter._get_np_dtype = remembered
+
+
 if __name__ == "__main__":
-    if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "GridExecutor"):  # else it is slower
+    # Names of Triton's own may change: without them it is slower.
+    if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "GridExecutor"):
         replace_language_once_a_kernel()
+    if hasattr(TritonSemantic, "binary_op_sanitize_overflow_impl"):
+        leave_out_checks_of_overflow()
+    if hasattr(interpreter, "_get_np_dtype"):
+        remember_types()
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -230,8 +230,8 @@ def _curves(summary: Summary) -> list[str]:
     note = (
         "Fits of L = E + A / tokens^b to the mean validation loss after the first tenth, with 90 % intervals of a "
         "bootstrap of residuals. The learning rate falls within a run, so the curve of one run is steeper at its end "
-        "than that of longer runs; read crossings as a direction. They are of the seeds that "
-        "both designs have, and their intervals leave out the differences between seeds."
+        "than that of longer runs, and a crossing is a property of these fits, no forecast. Crossings are of the seeds "
+        "that both designs have, and their intervals leave out the differences between seeds."
     )
     return ["## Learning curves", markdown(columns, fitted), note]
 

@@ -43,7 +43,12 @@ def row(summary: Summary, design: str) -> Row:
 
 def text_loss(row: Row) -> dict[str, Any]:
     """The record of the losses on validation text."""
-    return next(record for record in row.first.content["evaluations"] if "ar_loss" in record)
+    return text_loss_of(row.first)
+
+
+def text_loss_of(result: Result) -> dict[str, Any]:
+    """That of one run."""
+    return next(record for record in result.content["evaluations"] if "ar_loss" in record)
 
 
 def copying(row: Row, spec: str = "none") -> list[dict[str, Any]]:

@@ -82,7 +82,7 @@ def test_the_table_of_half_of_the_cache(both: Summary) -> None:
         rates = [*written(short, RATES), *written(losses, RATES)]
         cells = [to_mha(found), against, f"{learned(found) / 1e6:.0f} M", copied(found)]
         expected.append([name_of(found), f"{kv['read']:.3f}", *rates, *cells])
-    _, _, *rows = table("## Twelve designs, half of the cache", "design")
+    _, _, *rows = table("## Designs at half of the cache", "design")
     assert rows == expected
     assert [found[0] for found in expected if not found[-1]] == ["fusedkv_rich"]
     (other,) = (r for r in both.used if r.name.startswith("fusedkv_rich-half-lr0.003-100M"))
@@ -102,7 +102,7 @@ def test_the_table_of_a_quarter_of_the_cache(both: Summary) -> None:
         against = "" if name in ("mha", "xmla") else f"{found.loss.mean - halves[name].loss.mean:+.3f}"
         cells = [to_mha(found), against, f"{learned(found) / 1e6:.0f} M", copied(found)]
         expected.append([name, f"{kv['read']:.3f}", *rates, *cells])
-    _, _, *rows = table("## Twelve designs, a quarter of the cache", "design")
+    _, _, *rows = table("## Designs at a quarter of the cache", "design")
     assert rows == expected
 
 
@@ -230,7 +230,7 @@ def test_the_sentences_about_half_of_the_cache(both: Summary, summary: Summary) 
         parts.append(100 * repeated * difference["ar_loss"] / difference["loss"])
         others.append(difference["other_loss"])
     said(
-        f"The {100 * repeated:.0f} % of validation tokens that repeat a bigram carry",
+        f"The {100 * repeated:.0f} % of validation tokens that repeat one carry",
         f"carry {min(parts):.0f} to {max(parts):.0f} % of the gap to mha of "
         f"{', '.join(measured[:2])} and {measured[2]};",
         f"the other tokens are {min(others):.2f} to {max(others):.2f} nats better",
@@ -284,14 +284,12 @@ def test_speeds_and_busy_devices_of_the_study_of_equal_bytes(both: Summary) -> N
         return seconds, f"{100 * share:.0f} %"
 
     (every, share), (waiting, share_waiting) = busy(sessions), busy(sessions, "queued_")
-    longest, short = ([busy(of, kind)[1] for kind in ("", "queued_")] for of in (sessions[6:8], sessions[4:6]))
+    each = [busy([session])[1].removesuffix(" %") for session in sessions]
     minutes = [round(session["seconds"] / 60) for session in sessions]
-    last = [busy([session])[1].removesuffix(" %") for session in sessions[8:]]
     said(
         f"busy for {share}** of {every:,.0f} s of ten sessions on one GPU each",
         f"for {share_waiting} of the {waiting:,.0f} s with four or more runs waiting",
-        f"In the two longest sessions, of {minutes[6]} and {minutes[7]} minutes, it was "
-        f"{longest[0].removesuffix(' %')} and {longest[1]}.",
-        f"In two of {minutes[4]} and {minutes[5]} minutes it was {short[0].removesuffix(' %')} and {short[1]}:",
-        f"In the last two, of {minutes[8]} and {minutes[9]} minutes, it was {last[0]} and {last[1]} %;",
+        f"In the two longest sessions, of {minutes[6]} and {minutes[7]} minutes, it was {each[6]} and {each[7]} %.",
+        f"In two of {minutes[4]} and {minutes[5]} minutes it was {each[4]} and {each[5]} %:",
+        f"In the last two, of {minutes[8]} and {minutes[9]} minutes, it was {each[8]} and {each[9]} %;",
     )

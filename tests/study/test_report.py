@@ -87,7 +87,7 @@ def copy_of(finished: Path, out: Path) -> Layout:
 
 @pytest.mark.parametrize("noise", [0.001, 0.01])
 def test_intervals_of_a_fit_contain_the_truth_about_as_often_as_they_say(noise: float) -> None:
-    """90 % intervals, 100 curves with independent noise. With 12 seeds the shares are 0.81 to 0.93, 0.87 on average."""
+    """90 % intervals, 100 curves with independent noise. With 12 seeds the shares are 0.83 to 0.92, 0.88 on average."""
     t, truth = np.linspace(16e6, 490e6, 30), (2.6, 120.0, 0.3)
     generator, inside = np.random.default_rng(0), np.zeros(3)
     for _ in range(100):

@@ -142,9 +142,15 @@ def _of_study(options: argparse.Namespace, words: Sequence[str]) -> dict[str, bo
 
 
 def _check_data(study: Study, configs: Sequence[Config]) -> None:
-    """Refuse texts of `evaluate` and prepared folders of runs that are missing, before anything is trained."""
+    """Refuse texts of `evaluate` and prepared folders of runs that are missing, before anything is trained.
+
+    Files of `beside` are for the report, which may be written elsewhere: those that are missing are only named.
+    """
     from cllm.data.manifest import Manifest
 
+    for path in study.beside.results:
+        if not Path(path).exists():
+            print(f"study {study.name}: beside: {path}: no such file; --report will need it", file=sys.stderr)
     for path in study.evaluate.data:
         if not Path(path).exists():
             raise UserError(f"study {study.name}: evaluate.data: {path}: no such file or folder")

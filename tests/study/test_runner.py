@@ -650,6 +650,22 @@ def test_the_suites_of_an_array_are_checked_before_it_starts(tmp_path: Path, cap
     assert "evaluate: --suite copyng: " in capsys.readouterr().err
 
 
+def test_files_for_the_report_that_are_missing_are_named_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here the data are missing too, which is an error."""
+    (tmp_path / "there.json").write_text("{}")
+    study = {"name": "s", "base": "quickstart", "tokens": "1M", "designs": {"mha": {}}}
+    study |= {"beside": {"results": ["there.json", "gone.json"]}}
+    (tmp_path / "s.yaml").write_text(json.dumps(study))
+    words = ["--out", str(tmp_path / "out"), "--data.path", str(tmp_path / "nosuch")]
+    assert main([str(tmp_path / "s.yaml"), *words]) == 2
+    errors = capsys.readouterr().err
+    assert f"study s: beside: {tmp_path / 'gone.json'}: no such file; --report will need it" in errors
+    assert "there.json" not in errors
+    assert "no such folder of prepared data" in errors
+
+
 def test_a_design_with_an_empty_list_of_seeds_is_named() -> None:
     with pytest.raises(ValueError, match=r"seeds of mha are \[\]; allowed: at least one"):
         Study(name="s", base=["x"], designs={"mha": {}}, tokens=1, seeds={"default": []})

@@ -7,7 +7,7 @@ merge.py             merges the parts of joint.py, as one Triton kernel
 decode.py            attention of one new token over cached slots
 few_rows.py          products of a few rows with weights, in a decoding step
 split_decode.py      launches the Triton kernels of decode.py
-split_launch.py      what these kernels, and those of tied slots and latents, are launched with
+split_call.py        arguments that these kernels and those of tied slots and latents share
 triton_decode.py     split-KV flash decoding in Triton
 chunks.py            parts of keys and values as chunks of channels
 split_tied.py        launches the kernel of triton_tied.py

@@ -17,8 +17,8 @@ from torch import Tensor
 from cllm.kernels import split_latent, split_tied, triton_decode
 from cllm.kernels.chunks import Chunk, argument, channels, chunks_of, key_chunk_of, out_starts
 from cllm.kernels.limits import Limits, balanced_splits, device_limits, next_power_of_2
+from cllm.kernels.split_call import SplitCall
 from cllm.kernels.split_latent import LatentTiles
-from cllm.kernels.split_launch import Launch
 from cllm.kernels.split_tied import TiedTiles
 
 FLOAT8 = torch.float8_e4m3fn
@@ -258,7 +258,7 @@ def run(
         raise ValueError("elementwise tiles do not rotate keys")
     width = sum(v.shape[-1] for v in values)
     out = queries[0].new_empty((batch, n_heads, width), dtype=queries[0].dtype if log_sum is None else torch.float32)
-    call = Launch(
+    call = SplitCall(
         column=column,
         first=first,
         length=length,
@@ -301,7 +301,7 @@ def _launch(
     values: Sequence[Tensor],
     value_scales: Sequence[Tensor | None],
     rotation: Rotation | None,
-    call: Launch,
+    call: SplitCall,
 ) -> None:
     """Write the results of all splits."""
     batch, n_heads = queries[0].shape[:2]

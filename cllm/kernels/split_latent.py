@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cllm.kernels import gluon_latent, hopper
 from cllm.kernels.limits import Limits
-from cllm.kernels.split_launch import Launch
+from cllm.kernels.split_call import SplitCall
 
 TILE = 64
 """Tokens of a tile, and channels of a slab. Written as 64 in the kernel, which cannot read globals."""
@@ -97,7 +97,7 @@ def choose_tiles(*, batch: int, columns: int, limits: Limits) -> LatentTiles:
     return LatentTiles(splits=min(sorted(numbers), key=time))
 
 
-def launch(tiles: LatentTiles, queries: Sequence[Tensor], keys: Sequence[Tensor], call: Launch) -> Any:
+def launch(tiles: LatentTiles, queries: Sequence[Tensor], keys: Sequence[Tensor], call: SplitCall) -> Any:
     """Write the results of all splits, for `merge`.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cllm.kernels import triton_decode, triton_tied
 from cllm.kernels.limits import Limits, balanced_splits, next_power_of_2
-from cllm.kernels.split_launch import Launch
+from cllm.kernels.split_call import SplitCall
 
 MAX_DIM = 256
 MAX_HEADS = 2
@@ -95,7 +95,7 @@ def choose_tiles(*, groups: int, dim: int, size: int, columns: int, limits: Limi
 
 
 def launch(
-    tiles: TiedTiles, query: Tensor, x: Tensor, scale: Tensor | None, cos: Tensor, sin: Tensor, call: Launch
+    tiles: TiedTiles, query: Tensor, x: Tensor, scale: Tensor | None, cos: Tensor, sin: Tensor, call: SplitCall
 ) -> Any:
     """Write the results of all splits, for `merge`.
 

@@ -243,12 +243,17 @@ def _best(
     best = min(full, key=lambda rate: Mean.of(list(_losses(full[rate]).values())).mean)
     if best in found.chosen:
         return full[best], "edge" if found.at_edge else "found"
-    outcome = f"the search found {found.chosen[0]:g}" if found.chosen else "not searched yet"
-    if not found.rounds:  # the values are those that a search would leave
+    if best not in known:
+        return full[best], "the search goes on"
+    if not found.rounds:  # as many values as a search would keep
         outcome = "no search"
     elif found.diverged:
         outcome = "all rates of a round diverged"
-    return full[best], f"known; {outcome}" if best in known else "the search goes on"
+    elif found.chosen:
+        outcome = f"the search found {found.chosen[0]:g}"
+    else:
+        outcome = "not searched yet"
+    return full[best], f"known; {outcome}"
 
 
 # ---- evaluations

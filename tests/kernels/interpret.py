@@ -52,7 +52,7 @@ def leave_out_checks_of_overflow() -> None:
 
 
 def remember_types() -> None:
-    """Look numpy's type of each of Triton's up once."""
+    """Look up once which numpy type stands for a type of Triton."""
     look_up, found = interpreter._get_np_dtype, dict[Any, Any]()
 
     def remembered(dtype: Any) -> Any:
@@ -67,7 +67,7 @@ def remember_types() -> None:
 
 
 if __name__ == "__main__":
-    # Names of Triton's own may change: without them it is slower.
+    # These are private names of Triton. In a version without one of them the tests are slower.
     if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "GridExecutor"):
         replace_language_once_a_kernel()
     if hasattr(TritonSemantic, "binary_op_sanitize_overflow_impl"):

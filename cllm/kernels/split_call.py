@@ -1,4 +1,4 @@
-"""What every split-KV kernel of decoding is launched with, beside its queries and slots.
+"""The arguments that all split-KV decoding kernels take in the same order.
 
 Shapes: B batch, S entries, H query heads, E channels of all value parts.
 """
@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """Which columns a call sees, the factor on its scores, and where the results of its splits go."""
+class SplitCall:
+    """Which columns a call sees, the factor on its scores, and the tensors that receive the results of its splits."""
 
     column: Tensor
     """(1,) int64, on the device: the column of the new token."""
@@ -34,5 +34,5 @@ class Launch:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """In the order in which the kernels take them."""
+        """In the order of the kernels' parameters, for which `length` is S."""
         return self.column, self.first, self.partial, self.log_sums, self.length, self.window, self.log2_scale

@@ -1,4 +1,4 @@
-"""What the split-KV kernels of decoding are launched with."""
+"""All split-KV decoding kernels have the parameters of `SplitCall`, in its order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cllm.kernels import gluon_latent, triton_decode, triton_tied
-from cllm.kernels.split_launch import Launch
+from cllm.kernels.split_call import SplitCall
 
 KERNELS = {
     "split_dot": triton_decode.split_dot,
@@ -21,8 +21,8 @@ KERNELS = {
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 def test_arguments_are_in_the_order_of_every_kernel(kernel: Any) -> None:
-    """The interpreter has no Gluon, so that a wrong order for a latent would show on a GPU only."""
-    call = Launch(
+    """Triton's interpreter does not run Gluon: in `split_latent` a wrong order would show on a GPU only."""
+    call = SplitCall(
         column=torch.tensor([3]), first=torch.tensor([1]), length=17, window=5, exclude_self=True, log2_scale=0.25,
         partial=torch.zeros(1, 2, 3, 4), log_sums=torch.zeros(1, 2, 3),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from cllm.study.results import read_results
 from cllm.study.schema import load_study
 from cllm.study.summary import Summary, summarise
-from tests.study.page import FOLDER, RESULTS
+from tests.study.page import DOCS, EQUAL_BYTES, FOLDER, RESULTS
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +33,9 @@ def finished(chaos: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def summary() -> Summary:
     """The summary of seven designs after 490 M tokens, in docs/results."""
     return summarise(load_study(RESULTS / "2026-11-27-study-490m.yaml"), read_results(FOLDER))
+
+
+@pytest.fixture(scope="session")
+def both() -> Summary:
+    """The summary of designs at half and at a quarter of mha's cache after 100 M tokens, in docs/results."""
+    return summarise(load_study(DOCS.parent / "configs/studies/equal_bytes.yaml"), read_results(EQUAL_BYTES))

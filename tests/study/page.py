@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESULTS = DOCS / "results"
 FOLDER = RESULTS / "2026-11-27-study-490m-h200"
 """The results of seven designs after 490 M tokens."""
+EQUAL_BYTES = RESULTS / "2026-11-28-study-equal-bytes-h200"
+"""Those of `studies/equal_bytes`."""
 TEXT = (DOCS / "study_results.md").read_text(encoding="utf-8")
 
 
@@ -58,9 +61,46 @@ def copying(row: Row, spec: str = "none") -> list[dict[str, Any]]:
 
 def copying_of(result: Result, spec: str) -> list[dict[str, Any]]:
     """Those of one run."""
-    which = ("copying", "all", spec)
-    found = result.content["evaluations"]
-    return [record for record in found if tuple(map(record.get, ("suite", "task", "spec"))) == which]
+    return copying_in(result.content["evaluations"], spec)
+
+
+def copying_in(records: Sequence[dict[str, Any]], spec: str, task: str = "all") -> list[dict[str, Any]]:
+    """Those of any records, at all distances or at one, `distance=512`."""
+    which = ("copying", task, spec)
+    return [record for record in records if tuple(map(record.get, ("suite", "task", "spec"))) == which]
+
+
+def repeats(text: Mapping[str, Any]) -> float:
+    """Of a record of losses: the percentage of validation tokens that repeat a bigram."""
+    return 100 * text["ar_tokens"] / text["tokens_scored"]
+
+
+def gap_of_parts(worse: Mapping[str, Any], better: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Of two records of losses: the gap in nats, the percentage of it on tokens that repeat a bigram, and the gap in
+    nats of the others."""
+    gap, on_bigrams, others = (worse[tag] - better[tag] for tag in ("loss", "ar_loss", "other_loss"))
+    return gap, repeats(worse) * on_bigrams / gap, others
+
+
+def crossing_of(row: Row) -> tuple[float, float]:
+    """The 90 % interval of where a design is predicted to cross mha, in G tokens."""
+    assert row.crossing is not None
+    assert row.crossing.interval is not None
+    low, high = row.crossing.interval
+    return low / 1e9, high / 1e9
+
+
+def sessions_of(folder: Path) -> list[dict[str, Any]]:
+    """The sessions of a study by their start."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted((folder / "sessions").glob("*.json"))]
+
+
+def busy(sessions: Sequence[Mapping[str, Any]], kind: str = "") -> tuple[float, float]:
+    """Seconds of sessions on one device each, and the percentage of them in which it was busy; `kind` is `queued_` for
+    those with four or more runs waiting."""
+    seconds = sum(session[f"{kind}seconds"] for session in sessions)
+    share = sum(session["devices"][0]["busy_queued" if kind else "busy"] for session in sessions) / seconds
+    return seconds, 100 * share
 
 
 def written(losses: Mapping[float, float | None], rates: Sequence[float]) -> list[str]:

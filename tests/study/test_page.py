@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -13,10 +13,23 @@ import pytest
 
 from cllm.study.beside import beside
 from cllm.study.results import read_results
-from cllm.study.schema import load_study
 from cllm.study.statistics import t_quantile
-from cllm.study.summary import Summary, summarise
-from tests.study.page import DOCS, FOLDER, RESULTS, TEXT, at, copying, flat, row, said, table
+from cllm.study.summary import Summary
+from tests.study.page import (
+    DOCS,
+    FOLDER,
+    RESULTS,
+    TEXT,
+    at,
+    copying,
+    copying_in,
+    crossing_of,
+    flat,
+    row,
+    said,
+    table,
+    to_mha,
+)
 
 
 def test_no_result_is_left_out(summary: Summary) -> None:
@@ -81,12 +94,7 @@ def test_the_sentences(summary: Summary) -> None:
         return f"{sum(losses[0][seed] - losses[1][seed] for seed in common) / len(common):.2f}"
 
     gaps = [f"{loss['mha'][seed] - loss['fusedkv'][seed]:.3f}" for seed in (1, 2, 3)]
-    crossings = []
-    for name in ("gqa", "cla-2", "yoco"):
-        found = rows[name].crossing
-        assert found is not None
-        assert found.interval is not None
-        crossings.append("{:.1f} to {:.1f} G".format(*(tokens / 1e9 for tokens in found.interval)))
+    crossings = ["{:.1f} to {:.1f} G".format(*crossing_of(rows[name])) for name in ("gqa", "cla-2", "yoco")]
     apart = [f"{loss['mha'][seed] - loss['mha'][1]:.3f}" for seed in (2, 3)]
     said(
         f"{gaps[0]}, {gaps[1]} and {gaps[2]} below mha's with the same seed",
@@ -113,11 +121,11 @@ def test_the_sentences(summary: Summary) -> None:
     assert max(loss["yoco"][1], loss["cla-2"][1]) < loss["mha"][1]
     said(f"With seed 1 yoco is {loss['yoco'][1] - loss['cla-2'][1]:.3f} above cla-2")
     differences = [loss["cla-2"][seed] - loss["mha"][seed] for seed in (1, 2)]
-    reach = t_quantile(0.975, 1) * abs(again["loss"] - loss["mha"][3]) / math.sqrt(2)
+    repeated = abs(again["loss"] - loss["mha"][3])
     said(
         f"its two differences are {abs(differences[0] - differences[1]):.3f} apart, and two trainings of one point "
-        f"{abs(again['loss'] - loss['mha'][3]):.3f}",
-        f"it would reach {reach:.3f} to either side",
+        f"{repeated:.3f}",
+        f"it would reach {t_quantile(0.975, 1) * repeated / math.sqrt(2):.3f} to either side",
     )
     by_seed = {name: {r.content["seed"]: r for r in rows[name].results} for name in ("mha", "cla-2")}
     for tokens in (49e6, 98e6, 245e6, 490e6):
@@ -191,28 +199,17 @@ def test_the_short_form(summary: Summary) -> None:
         said(words.replace("its copying", "the copying of fusedkv"), text=text)
 
 
-def test_a_crossing_that_was_predicted_did_not_come(summary: Summary) -> None:
+def test_a_crossing_that_was_predicted_did_not_come(summary: Summary, both: Summary) -> None:
     """The fits of the runs of 100 M tokens, and the differences after 490 M."""
-    younger = load_study(DOCS.parent / "configs/studies/equal_bytes.yaml")
-    fitted = summarise(younger, read_results(RESULTS / "2026-11-28-study-equal-bytes-h200"))
-    ends: list[float] = []
-    for name in ("fusedkv", "fusedkv_lite"):
-        found = row(fitted, f"{name}-half").crossing
-        assert found is not None
-        assert found.interval is not None
-        ends += found.interval
-        difference = row(summary, name).difference
-        assert difference is not None
-        assert difference.pairs is not None
-        assert f"{-difference.pairs.mean:.2f}" == "0.10"
-    said(f"cross mha at {min(ends) / 1e9:.2f} to {max(ends) / 1e9:.2f} G tokens. Here they are 0.10 nats below it")
+    designs = ("fusedkv", "fusedkv_lite")
+    ends = [tokens for name in designs for tokens in crossing_of(row(both, f"{name}-half"))]
+    (below,) = {f"{-float(to_mha(row(summary, name))):.2f}" for name in designs}
+    said(f"cross mha at {min(ends):.2f} to {max(ends):.2f} G tokens. Here they are {below} nats below it")
 
 
 def test_copying_differs_between_trainings_of_mha(summary: Summary) -> None:
-    wanted = ("copying", "distance=512", "none")
-
-    def share(found: Sequence[Mapping[str, Any]]) -> float:
-        (accuracy,) = {r["accuracy"] for r in found if tuple(map(r.get, ("suite", "task", "spec"))) == wanted}
+    def share(found: Sequence[dict[str, Any]]) -> float:
+        (accuracy,) = {record["accuracy"] for record in copying_in(found, "none", "distance=512")}
         return float(accuracy)
 
     shares = [share(row(summary, "mha").results[1].content["evaluations"])]
@@ -258,7 +255,7 @@ def test_speeds(summary: Summary) -> None:
     said("620,000 to 640,000 tokens/s each, gqa's seed 1 706,000, mla 566,000")
 
 
-def records(file: str) -> Sequence[dict[str, object]]:
+def records(file: str) -> Sequence[dict[str, Any]]:
     return json.loads((RESULTS / file).read_text())["rows"]
 
 

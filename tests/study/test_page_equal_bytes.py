@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Sequence
-from typing import Any
-
-import pytest
 
 from cllm.study.results import read_results
-from cllm.study.schema import load_study
-from cllm.study.summary import Row, Summary, summarise
+from cllm.study.summary import Row, Summary
 from tests.study.page import (
     DOCS,
+    EQUAL_BYTES,
     RESULTS,
     at,
+    busy,
     copied,
     copying,
     copying_of,
     flat,
+    gap_of_parts,
+    repeats,
     row,
     said,
+    sessions_of,
     table,
     text_loss,
     to_mha,
     written,
 )
 
-FOLDER = RESULTS / "2026-11-28-study-equal-bytes-h200"
 RATES = (1.5e-3, 3e-3)
-
-
-@pytest.fixture(scope="module")
-def both() -> Summary:
-    return summarise(load_study(DOCS.parent / "configs/studies/equal_bytes.yaml"), read_results(FOLDER))
 
 
 def at_share(summary: Summary, share: str) -> list[Row]:
@@ -66,7 +59,7 @@ def learned(row: Row) -> float:
 
 
 def test_no_result_is_left_out(both: Summary) -> None:
-    assert {result.name for result in both.used} == {file.stem for file in FOLDER.glob("*.json")}
+    assert {result.name for result in both.used} == {file.stem for file in EQUAL_BYTES.glob("*.json")}
 
 
 def test_the_table_of_half_of_the_cache(both: Summary) -> None:
@@ -222,15 +215,10 @@ def test_the_sentences_about_half_of_the_cache(both: Summary, summary: Summary) 
     ]
     said(f"of the {len(differ)} pairs of designs that differ in it, {sum(differ)} differ the other way in their losses")
     scores = {name: text_loss(found) for name, found in rows.items() if name != "fusedkv_rich"}
-    repeated = scores["mha"]["ar_tokens"] / scores["mha"]["tokens_scored"]
-    parts, others = [], []
     measured = [name for name in first if name in scores]
-    for name in measured:
-        difference = {tag: scores["mha"][tag] - scores[name][tag] for tag in ("loss", "ar_loss", "other_loss")}
-        parts.append(100 * repeated * difference["ar_loss"] / difference["loss"])
-        others.append(difference["other_loss"])
+    _, parts, others = zip(*(gap_of_parts(scores["mha"], scores[name]) for name in measured), strict=True)
     said(
-        f"The {100 * repeated:.0f} % of validation tokens that repeat one carry",
+        f"The {repeats(scores['mha']):.0f} % of validation tokens that repeat one carry",
         f"carry {min(parts):.0f} to {max(parts):.0f} % of the gap to mha of "
         f"{', '.join(measured[:2])} and {measured[2]};",
         f"the other tokens are {min(others):.2f} to {max(others):.2f} nats better",
@@ -274,21 +262,16 @@ def test_speeds_and_busy_devices_of_the_study_of_equal_bytes(both: Summary) -> N
         f"{named['mha']} and {named['yoco']}, where the search had {round(alone['mha'] / 1e3)},000 and "
         f"{round(alone['yoco-half'] / 1e3)},000 at 1.5e-3",
     )
-    sessions = [json.loads(file.read_text()) for file in sorted((FOLDER / "sessions").glob("*.json"))]
+    sessions = sessions_of(EQUAL_BYTES)
     assert len(sessions) == 10
     assert all(len(session["devices"]) == 1 for session in sessions)
 
-    def busy(of: Sequence[dict[str, Any]], kind: str = "") -> tuple[float, str]:
-        seconds = sum(session[f"{kind}seconds"] for session in of)
-        share = sum(session["devices"][0]["busy_queued" if kind else "busy"] for session in of) / seconds
-        return seconds, f"{100 * share:.0f} %"
-
     (every, share), (waiting, share_waiting) = busy(sessions), busy(sessions, "queued_")
-    each = [busy([session])[1].removesuffix(" %") for session in sessions]
+    each = [f"{busy([session])[1]:.0f}" for session in sessions]
     minutes = [round(session["seconds"] / 60) for session in sessions]
     said(
-        f"busy for {share}** of {every:,.0f} s of ten sessions on one GPU each",
-        f"for {share_waiting} of the {waiting:,.0f} s with four or more runs waiting",
+        f"busy for {share:.0f} %** of {every:,.0f} s of ten sessions on one GPU each",
+        f"for {share_waiting:.0f} % of the {waiting:,.0f} s with four or more runs waiting",
         f"In the two longest sessions, of {minutes[6]} and {minutes[7]} minutes, it was {each[6]} and {each[7]} %.",
         f"In two of {minutes[4]} and {minutes[5]} minutes it was {each[4]} and {each[5]} %:",
         f"In the last two, of {minutes[8]} and {minutes[9]} minutes, it was {each[8]} and {each[9]} %;",

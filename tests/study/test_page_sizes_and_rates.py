@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 
 import pytest
@@ -15,16 +14,21 @@ from tests.study.page import (
     FOLDER,
     RESULTS,
     at,
+    busy,
     copied,
+    crossing_of,
     flat,
+    gap_of_parts,
+    repeats,
     row,
     said,
+    sessions_of,
     table,
     text_loss,
     text_loss_of,
     to_mha,
     written,
-)  # fmt: skip
+)
 
 SIZE = RESULTS / "2026-11-29-study-110m-h200"
 RATES = RESULTS / "2026-11-29-study-rates-50m-h200"
@@ -61,17 +65,8 @@ def test_the_sentences_about_110m(larger: Summary) -> None:
     range_ = f"{min(gaps.values()):.3f} to {max(gaps.values()):.3f}"
     early = [at(mha.first, 50e6) - at(found.first, 50e6) for found in others]
     score = text_loss(mha)
-    change = [
-        {tag: score[tag] - text_loss(found)[tag] for tag in ("loss", "ar_loss", "other_loss")} for found in others
-    ]
-    share = 100 * score["ar_tokens"] / score["tokens_scored"]
-    carried = sorted(share * found["ar_loss"] / found["loss"] for found in change)
-    left = sorted(found["other_loss"] for found in change)
-    crossings = []
-    for found in others:
-        assert found.crossing is not None
-        assert found.crossing.interval is not None
-        crossings.append("{:.2f} to {:.2f} G".format(*(tokens / 1e9 for tokens in found.crossing.interval)))
+    _, carried, left = zip(*(gap_of_parts(score, text_loss(found)) for found in others), strict=True)
+    crossings = ["{:.2f} to {:.2f} G".format(*crossing_of(found)) for found in others]
     speed = {found.label: f"{round((found.first.tokens_per_s or 0) / 1e3)},000" for found in larger.rows}
     said(
         f"{speed['mha']} tokens/s with mha, {speed['fusedkv_lite']} with fusedkv_lite, "
@@ -81,38 +76,29 @@ def test_the_sentences_about_110m(larger: Summary) -> None:
         f"the three were {min(early):.3f} to {max(early):.3f} below mha",
         f"cross mha's at {crossings[0]} tokens (fusedkv, 90 % interval), {crossings[1]} (fusedkv_lite) "
         f"and {crossings[2]} (svformer)",
-        f"{carried[0]:.0f} to {carried[-1]:.0f} % is carried by the {share:.0f} % of tokens",
-        f"The other tokens are {left[0]:.2f} to {left[-1]:.2f} nats better",
+        f"{min(carried):.0f} to {max(carried):.0f} % is carried by the {repeats(score):.0f} % of tokens",
+        f"The other tokens are {min(left):.2f} to {max(left):.2f} nats better",
     )
-    sessions = [json.loads(file.read_text()) for file in sorted((SIZE / "sessions").glob("*.json"))]
-    busy = [f"{100 * found['devices'][0]['busy'] / found['seconds']:.0f} %" for found in sessions]
-    said(
-        "busy for "
-        + " and for ".join(f"{part} of {s['seconds']:,.0f} s" for part, s in zip(busy, sessions, strict=True))
-    )
+    shares = [busy([session]) for session in sessions_of(SIZE)]
+    said("busy for " + " and for ".join(f"{share:.0f} % of {seconds:,.0f} s" for seconds, share in shares))
     answers(f"fusedkv, fusedkv_lite and svformer are {range_} nats below mha")
 
 
-def test_the_gap_of_110m_beside_that_of_47m(larger: Summary) -> None:
-    small = summarise(
-        load_study(DOCS.parent / "configs/studies/equal_bytes.yaml"),
-        read_results(RESULTS / "2026-11-28-study-equal-bytes-h200"),
-    )
+def test_the_gap_of_110m_beside_that_of_47m(larger: Summary, both: Summary, summary: Summary) -> None:
     gaps = []
     for design in ("fusedkv", "fusedkv_lite", "svformer"):
-        losses = [(row(larger, "mha"), row(larger, design)), (row(small, "mha"), row(small, f"{design}-half"))]
+        losses = [(row(larger, "mha"), row(larger, design)), (row(both, "mha"), row(both, f"{design}-half"))]
         gaps.append([mha.loss.mean - found.loss.mean for mha, found in losses])
     assert all(here < there for here, there in gaps)
     said(f"they are both {gaps[0][1]:.3f} below it, [svformer {gaps[2][1]:.3f}]")
     assert gaps[0][1] == pytest.approx(gaps[1][1], abs=1e-3), "both"
-    as_many = summarise(load_study(RESULTS / "2026-11-27-study-490m.yaml"), read_results(FOLDER))
     below = []
     for design in ("fusedkv", "fusedkv_lite"):
-        pairs = zip(row(as_many, "mha").results, row(as_many, design).results, strict=True)
+        pairs = zip(row(summary, "mha").results, row(summary, design).results, strict=True)
         below.append(statistics.mean(at(mha, 245e6) - at(found, 245e6) for mha, found in pairs))
     said(f"There fusedkv and fusedkv_lite are {below[0]:.3f} and {below[1]:.3f} below mha after as many tokens")
     said(f"At 47 M fusedkv is {below[0]:.3f} below it", text=(DOCS / "study.md").read_text(encoding="utf-8"))
-    sizes = [found.first.content["summary"]["parameters"] for found in (row(small, "mha"), row(larger, "mha"))]
+    sizes = [found.first.content["summary"]["parameters"] for found in (row(both, "mha"), row(larger, "mha"))]
     said(f"for each parameter, {100e6 / sizes[0]:.1f} there and {250e6 / sizes[1]:.1f} here")
 
 
@@ -143,10 +129,9 @@ def test_the_table_of_rates() -> None:
         point = (design, rate, tokens)
         return next(r for r in summary.used if (r.variant.design, r.rate, r.content["tokens"]) == point)
 
-    def better(tokens: float, tag: str = "val/loss", than: float = 1.5e-3, design: str = "mla") -> str:
+    def better(tokens: float, than: float = 1.5e-3, design: str = "mla") -> str:
         """How much lower the loss is at 7.5e-4."""
-        found = (at(run(rate, tokens, design), tokens, tag) for rate in (than, 7.5e-4))
-        return f"{next(found) - next(found):.3f}"
+        return f"{at(run(than, tokens, design), tokens) - at(run(7.5e-4, tokens, design), tokens):.3f}"
 
     bigrams = {rate: f"{at(run(rate, 50e6), 50e6, 'val/ar_loss'):.2f}" for rate in (3.75e-4, 7.5e-4, 1.5e-3)}
 
@@ -159,12 +144,11 @@ def test_the_table_of_rates() -> None:
     )
     answers(f"mla is {better(50e6)} nats better at half of")
     high, low = (text_loss_of(run(rate, 50e6)) for rate in (1.5e-3, 7.5e-4))
-    change = {tag: high[tag] - low[tag] for tag in ("loss", "ar_loss", "other_loss")}
-    part = 100 * high["ar_tokens"] / high["tokens_scored"] * change["ar_loss"] / change["loss"]
+    gap, part, others = gap_of_parts(high, low)
     assert high["tokens_scored"] == 1_000_000
     said(
-        f"7.5e-4 is {change['loss']:.3f} nats better than 1.5e-3, of which {part:.0f} % is on tokens that repeat a "
-        f"bigram; the others are {change['other_loss']:.3f} better",
+        f"7.5e-4 is {gap:.3f} nats better than 1.5e-3, of which {part:.0f} % is on tokens that repeat a "
+        f"bigram; the others are {others:.3f} better",
     )
     worse = [at(run(3e-3, 25e6, d), 25e6) - at(run(1.5e-3, 25e6, d), 25e6) for d in ("mha", "mla")]
     said(f"from 1.5e-3 to 3e-3: {worse[0]:.3f} and {worse[1]:.3f} nats")
@@ -187,20 +171,19 @@ def test_rates_with_and_without_a_norm_on_keys() -> None:
     said(f"mha without the norm is {gap:.3f} below mha with it", text=log)
 
 
-def test_repeated_bigrams_carry_the_early_gap() -> None:
+def test_repeated_bigrams_carry_the_early_gap(larger: Summary) -> None:
     runs = {result.variant.design: result for result in read_results(RESULTS / "2026-11-27-study-100m-h200")}
-    record = text_loss(row(summarise(load_study(DOCS.parent / "configs/studies/110m.yaml"), read_results(SIZE)), "mha"))
-    share = record["ar_tokens"] / record["tokens_scored"]  # of the same validation text
+    share = repeats(text_loss(row(larger, "mha")))  # of the same validation text
 
     def carried(mha: Result, lite: Result, tokens: float) -> float:
         change = [at(mha, tokens, tag) - at(lite, tokens, tag) for tag in ("val/ar_loss", "val/loss")]
-        return 100 * share * change[0] / change[1]
+        return share * change[0] / change[1]
 
     early, late = (carried(runs["mha"], runs["fusedkv_lite"], tokens) for tokens in (25e6, 100e6))
     longer = {(r.variant.design, r.content["seed"]): r for r in read_results(FOLDER)}
     ends = [carried(longer["mha", seed], longer["fusedkv_lite", seed], 490e6) for seed in (1, 2, 3)]
     said(
         f"After 25 M tokens these tokens carry {early:.0f} % of the difference and after 100 M {late:.0f} %, "
-        f"hardly more than their share of {100 * share:.0f} %. In the three seeds after 490 M it is "
+        f"hardly more than their share of {share:.0f} %. In the three seeds after 490 M it is "
         f"{min(ends):.0f} to {max(ends):.0f} %."
     )

@@ -139,10 +139,25 @@ def test_the_table_of_rates() -> None:
         f"half of it is {better(25e6)} nats better after 25 M tokens and {better(50e6)} after 50 M.",
         f"after 50 M tokens half of this rate is {better(50e6)} nats better",
         f"A quarter of it is worse than half, by {better(50e6, than=3.75e-4)}",
-        f"mha is {better(25e6, design='mha')} worse at 1.5e-3 than at 7.5e-4, the lowest rate tried for it",
         f"is {bigrams[7.5e-4]} at 7.5e-4, and {bigrams[3.75e-4]} and {bigrams[1.5e-3]} at the other two",
     )
+    gain = {label: better(25e6, design=label) for label in summary.searches}
+    assert {label for label, by in gain.items() if float(by) < 0} == {"fusedkv", "fusedkv_lite"}
+    rates = {
+        label: min(searched.rounds[0].losses, key=searched.rounds[0].losses.__getitem__)
+        for label, searched in summary.searches.items()
+    }
+    assert {label for label, rate in rates.items() if rate == 1.5e-3} == {"fusedkv", "fusedkv_lite"}
+    assert set(rates.values()) == {7.5e-4, 1.5e-3}, "the lowest rate tried"
+    others = ", ".join(f"{gain[label]} ({label})" for label in ("gqa", "mha", "cla-2", "yoco"))
+    gaps = [at(run(rate, 25e6, "mha"), 25e6) - at(run(1.5e-3, 25e6, "fusedkv"), 25e6) for rate in (7.5e-4, 1.5e-3)]
+    said(
+        f"Half of it is {gain['fusedkv'][1:]} and {gain['fusedkv_lite'][1:]} nats worse for them",
+        f"better for the others: by {others} and {gain['mla']} (mla)",
+        f"with the best rate of each it is {gaps[0]:.3f} nats after 25 M tokens, and {gaps[1]:.3f} with 1.5e-3",
+    )
     answers(f"mla is {better(50e6)} nats better at half of")
+    answers("for fusedkv and fusedkv_lite alone")
     high, low = (text_loss_of(run(rate, 50e6)) for rate in (1.5e-3, 7.5e-4))
     gap, part, others = gap_of_parts(high, low)
     assert high["tokens_scored"] == 1_000_000

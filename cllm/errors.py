@@ -154,8 +154,8 @@ def one_line(command: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a command's main function to report mistakes and faults of the machine in one line on stderr.
 
     The decorated function returns the exit status: 2 for a `UserError` and for faults that `faults.explain` knows, 130
-    for Ctrl-C, and 141 without a line if the output is no longer read, as in `command | head`. Other exceptions pass
-    through.
+    for Ctrl-C, 128 plus its number for another signal that became an exception, and 141 without a line if the output is
+    no longer read, as in `command | head`. Other exceptions pass through.
     """
 
     @functools.wraps(command)
@@ -173,8 +173,10 @@ def one_line(command: Callable[..., int | None]) -> Callable[..., int]:
         except UserError as error:
             return _report(faults.from_worker(error) or str(error))
         except KeyboardInterrupt as error:
-            print(str(error) or "interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
+            number = getattr(error, "number", None)  # of an `Interrupted` of cllm/signals.py
+            said = (str(error) or "interrupted") if number is None else f"interrupted by {error}"
+            print(said + following(error), file=sys.stderr)
+            return EXIT_INTERRUPTED if number is None else 128 + number
         except Exception as error:
             if faults.is_broken_pipe(error):
                 faults.silence_output()
@@ -188,9 +190,28 @@ def one_line(command: Callable[..., int | None]) -> Callable[..., int]:
 
 
 def _report(message: str) -> int:
-    """Print `message` as one line on stderr, shortened in the middle if it is very long."""
-    line = " ".join(message.split())
-    if len(line) > LONGEST_LINE:
-        line = f"{line[: LONGEST_LINE - 300]} [...] {line[-293:]}"
-    print(f"error: {line}", file=sys.stderr)
+    """Print `message` as one line on stderr."""
+    print(f"error: {_in_one_line(message)}", file=sys.stderr)
     return EXIT_MISTAKE
+
+
+def following(stop: KeyboardInterrupt) -> str:
+    """The end of the line about a command that was stopped: the error that it ended with, its `__cause__`.
+
+    It may be an error of cleaning up, such as a full disk. Empty without one, for an error that only quotes the stop,
+    and for output that is no longer read.
+    """
+    error = stop.__cause__
+    if error is None or isinstance(error, KeyboardInterrupt) or f"{type(stop).__name__}: {stop}" in str(error):
+        return ""
+    if faults.is_broken_pipe(error):
+        faults.silence_output()
+        return ""
+    known = str(error) if isinstance(error, UserError) else faults.explain(error)
+    return _in_one_line(f"; error that followed: {known or f'{type(error).__name__}: {error}'}")
+
+
+def _in_one_line(message: str) -> str:
+    """`message` without line breaks, shortened in the middle if it is longer than `LONGEST_LINE`."""
+    line = " ".join(message.split())
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 300]} [...] {line[-293:]}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
 from cllm import __version__
 from cllm.arguments import Parser
 from cllm.errors import one_line
+from cllm.signals import raise_if_stopped, raising
 
 COMMANDS = {
     "prepare": "turn text into shards of tokens",
@@ -53,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complete(make_parser(), COMMANDS)
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:
-        command = importlib.import_module(f"cllm.commands.{words[0]}")
+        with raising(signal.SIGINT):  # the other signals end the process, which has nothing to clean up yet
+            command = importlib.import_module(f"cllm.commands.{words[0]}")
+            raise_if_stopped()
         return command.main(words[1:], program=f"cllm {words[0]}")
     make_parser().parse_args(words)
     return 0

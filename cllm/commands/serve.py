@@ -23,6 +23,7 @@ from pathlib import Path
 
 from cllm.arguments import Parser
 from cllm.errors import one_line
+from cllm.signals import stoppable
 
 
 def make_parser(program: str) -> Parser:
@@ -34,6 +35,7 @@ def make_parser(program: str) -> Parser:
 
 
 @one_line
+@stoppable()
 def main(arguments: Sequence[str] | None = None, *, program: str = "cllm serve") -> int:
     """Check the folder, and become vLLM's server. Returns only with `--check`."""
     options, words = make_parser(program).parse_known_args(arguments)

@@ -26,7 +26,7 @@ from cllm.evaluate.result_folders import beside, run_of, without_results
 from cllm.lock import locked
 from cllm.posthoc import UNCOMPRESSED
 from cllm.progress import ProgressMeter
-from cllm.signals import stoppable
+from cllm.signals import raise_if_stopped, stoppable
 from cllm.trust import read_object
 
 if TYPE_CHECKING:
@@ -287,6 +287,7 @@ def _measure_run(
             try:
                 (record,) = posthoc.measure(subject, text, settings, [spec], device, prefix=prefix)
             except Exception as error:
+                raise_if_stopped(error)
                 if spec == UNCOMPRESSED:  # then nothing can be measured
                     raise
                 why, is_bug = str(error), not isinstance(error, UserError)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from cllm.errors import UserError
 from cllm.files import shorten
+from cllm.signals import raise_if_stopped
 
 _LENGTH = 600
 
@@ -34,6 +35,7 @@ class LeftOut:
         try:
             yield
         except UserError as error:
+            raise_if_stopped(error)
             if self._total == 1:
                 raise
             self.names.append(str(run))

@@ -43,6 +43,7 @@ from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.registry import parse
 from cllm.posthoc.tensor_tree import fp32_numbers, total_bytes
 from cllm.progress import ProgressMeter
+from cllm.signals import raise_if_stopped
 
 
 @dataclass
@@ -86,6 +87,7 @@ class _Scored:
         try:
             yield
         except UserError as error:
+            raise_if_stopped(error)
             if reasons is None:
                 raise
             self.refused = True

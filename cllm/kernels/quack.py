@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cllm.kernels.backends.base import distribution, load
+from cllm.signals import raise_if_stopped
 
 SUPPORTED_VERSION = "0.6"
 """The version whose functions are called. They change between versions."""
@@ -32,6 +33,7 @@ def unavailable(device: torch.device, module: str, names: list[str], trial: Call
         trial()
         torch.cuda.synchronize(device)
     except Exception as error:  # an incompatible compiler raises any exception
+        raise_if_stopped(error)
         message = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
         return f"{PACKAGE} {found.version if found else ''} does not run: {type(error).__name__}: {message[:200]}"
     return None

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import importlib.util
 import logging
+import signal
 import sys
 from typing import get_args
 
@@ -13,9 +14,11 @@ import torch
 
 from cllm.config import AttentionConfig, BackendName
 from cllm.errors import UserError
+from cllm.kernels import quack
 from cllm.kernels.attention import Mask, attention, choose
 from cllm.kernels.backends import BACKENDS, Case, base
 from cllm.kernels.choice import log_once
+from cllm.signals import Interrupted, raising
 
 CUDA = torch.device("cuda")
 
@@ -180,8 +183,26 @@ def site(monkeypatch, tmp_path):
 
 INTERFACE = "flash_attn/cute/interface.py"
 FLASH4 = {INTERFACE: "def _flash_attn_fwd(): ...\ndef _flash_attn_bwd(): ...\n"}
+STOPPED = """
+import contextlib, os, signal
+with contextlib.suppress(KeyboardInterrupt):
+    os.kill(os.getpid(), signal.SIGTERM)
+os.ThrMma
+"""
 WANTED = (["flash-attn-4"], ["flash_attn.cute.interface"], ["_flash_attn_fwd", "_flash_attn_bwd"])
 WANTED_2 = (["flash-attn"], ["flash_attn.flash_attn_interface"], ["flash_attn_func"])
+
+
+def test_a_stop_while_quack_is_tried_is_no_reason_for_another_kernel(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(quack, "distribution", lambda *names: None)
+    monkeypatch.setattr(quack, "load", lambda *arguments: quack)
+
+    def trial():
+        exec(STOPPED)
+
+    with pytest.raises(Interrupted, match="SIGTERM"), raising(signal.SIGTERM):
+        quack.unavailable(CUDA, "rmsnorm", [], trial)
 
 
 @pytest.mark.skipif(base.distribution("flash-attn", "flash-attn-4") is not None, reason="a real one is installed")
@@ -215,6 +236,12 @@ class TestPackages:
         install(second, "flash-attn-4", "4.0.0b36", FLASH4)
         assert base.load(*WANTED).startswith(reason)
         assert base.load(*WANTED_2) == "flash-attn 2.8.3 has no flash_attn_func in flash_attn.flash_attn_interface"
+
+    def test_a_stop_while_a_package_imports_is_no_reason_for_another_kernel(self, site):
+        (root,) = site("a")
+        install(root, "flash-attn-4", "4.0.0b36", {INTERFACE: STOPPED})
+        with pytest.raises(Interrupted, match="SIGTERM"), raising(signal.SIGTERM):
+            base.load(*WANTED)
 
     def test_both_side_by_side_are_both_there(self, site):
         (root,) = site("a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -221,6 +222,28 @@ def test_a_sweep_that_a_signal_stops_keeps_what_it_measured(sweep, run, tmp_path
     assert len(list((made.evaluation_folder / "posthoc" / "validation").glob("none*"))) == 1
     monkeypatch.setattr(posthoc, "measure", measure)
     assert sweep(*words) == 0
+
+
+def test_a_stop_that_became_another_error_is_no_failed_measurement(sweep, run, tmp_path, capsys, monkeypatch):
+    """As pydantic's compiled code replaces the exception of a signal by its own."""
+    made, _ = run("mha")
+    measure = posthoc.measure
+
+    def stopped(subject, text, settings, specs, *rest, **options):
+        if specs != ["minicache:start=0"]:
+            return measure(subject, text, settings, specs, *rest, **options)
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise ValueError("cannot be built: Interrupted: SIGTERM")
+
+    monkeypatch.setattr(posthoc, "measure", stopped)
+    out = tmp_path / "out"
+    assert sweep(made.path, "--device", "cpu", "--spec", "minicache:start=0", "--out", out) == EXIT_STOPPED
+    printed, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "stopped by SIGTERM; the same command goes on: what was measured is kept"
+    assert "Traceback" not in err
+    assert printed == ""
+    assert not (out / "posthoc.csv").exists()
 
 
 def test_the_table_goes_beside_the_runs_or_to_runs(tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ from cllm.posthoc.method import Compressor, Engine
 from cllm.posthoc.registry import parse
 from cllm.posthoc.tensor_tree import total_bytes
 from cllm.progress import ProgressMeter
+from cllm.signals import raise_if_stopped
 
 _CALIBRATION = 8
 """Contexts on which methods calibrate, at most."""
@@ -163,7 +164,13 @@ def _calibrate(
         try:
             method.prepare(engine, ids)
         except UserError as error:
-            result.left_out = {sample.task: str(error) for sample in samples}
+            _leave_out(result, samples, error)
+
+
+def _leave_out(result: Result, samples: Sequence[Sample], reason: UserError) -> None:
+    """Leave the tasks of samples out of a result, unless the reason is that the command is asked to end."""
+    raise_if_stopped(reason)
+    result.left_out |= {sample.task: str(reason) for sample in samples}
 
 
 def _is_left_out(result: Result, samples: Sequence[Sample]) -> bool:
@@ -229,7 +236,7 @@ class _Runner:
                     kept = method is None or result.spec == UNCOMPRESSED  # which every plan allows
                     filled = cache if method is None or kept else self._engine.compress(cache, method, measure=False)
                 except UserError as error:
-                    result.left_out |= {sample.task: str(error) for sample in samples}
+                    _leave_out(result, samples, error)
                     answers = nothing
                 else:
                     result.own_nbytes += own
@@ -261,7 +268,7 @@ class _Runner:
                 try:
                     stack.enter_context(method.watch(self._engine))
                 except UserError as error:
-                    result.left_out |= {sample.task: str(error) for sample in samples}
+                    _leave_out(result, samples, error)
             return cache, self._engine.hidden(ids, cache)[:, -1:].clone()
 
     def _reader(

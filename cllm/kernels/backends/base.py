@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cllm.config import BackendName
 from cllm.kernels.backends.mask import Mask
+from cllm.signals import raise_if_stopped
 
 Lengths = Literal["T = S", "T < S", "T = 1"]
 HALF = (torch.float16, torch.bfloat16)
@@ -206,6 +207,7 @@ def load(names: Sequence[str], modules: Sequence[str], wanted: Sequence[str]) ->
         try:
             loaded = importlib.import_module(module)
         except Exception as error:  # a broken binary raises anything, AttributeError and RuntimeError included
+            raise_if_stopped(error)
             reason = reason or f"{title} does not import: {type(error).__name__}: {' '.join(str(error).split())}"
             continue
         if stale := elsewhere(found, loaded):

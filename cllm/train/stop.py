@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 from cllm.files import write_atomic
-from cllm.signals import STOPPING_RUNS, leave_terminal
+from cllm.signals import STOPPING_RUNS, interrupting, leave_terminal
 from cllm.train.callbacks import early_stop_reason
 from cllm.train.checkpoints import Checkpoints
 from cllm.train.module import step_is_complete
@@ -68,7 +68,7 @@ class StopWhenDone(Callback):
         if number == signal.SIGHUP:
             leave_terminal()
         tqdm.write(f"{signal.Signals(number).name}: saving after this step, then stopping", file=sys.stderr)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupting(self._before.get(signal.SIGINT)))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

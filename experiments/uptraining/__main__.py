@@ -29,7 +29,7 @@ from pathlib import Path
 from cllm.arguments import Parser
 from cllm.errors import EXIT_STOPPED, one_line
 from cllm.lock import locked
-from cllm.signals import STOPPING, stoppable
+from cllm.signals import STOPPING, interrupting, stoppable
 from experiments.uptraining import report
 from experiments.uptraining.experiment import Experiment
 from experiments.uptraining.setup import FULL
@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     with locked(options.out):
         experiment = Experiment(options)
+        experiment.second_interrupt = interrupting(signal.getsignal(signal.SIGINT))
         numbers = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, experiment.stop) for number in numbers}
         try:

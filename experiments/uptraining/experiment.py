@@ -16,6 +16,7 @@ import torch
 from cllm.data.manifest import Manifest
 from cllm.environment import choose_device
 from cllm.errors import UserError
+from cllm.signals import raise_if_stopped
 from cllm.uptrain.teacher import load_teacher
 from experiments.uptraining import report
 from experiments.uptraining.base import check_import, make_tokens, pretrain
@@ -73,12 +74,14 @@ class Experiment:
         )
         self.deadline = Deadline(60 * options.minutes)
         self.unfinished: list[str] = []
+        self.second_interrupt: Any = signal.default_int_handler
+        """The handler of Ctrl-C after a first signal."""
         claim(self.folders, self.size)
 
     def stop(self, number: int, frame: Any) -> None:
         """Handle a signal: save what is running and start nothing more. A second Ctrl-C interrupts at once."""
         self.deadline.at = 0.0
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, self.second_interrupt)
 
     def _wanted(self, item: Item) -> bool:
         """Whether --only matches the item and it has no result yet."""
@@ -157,6 +160,7 @@ class Experiment:
         try:
             yield
         except Exception as error:
+            raise_if_stopped(error)
             report.write_failure(self.folders, name, f"{type(error).__name__}: {error}")
 
     def students(self, wanted: Sequence[Student]) -> None:

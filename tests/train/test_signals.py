@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,7 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from cllm.config import Config
-from cllm.errors import EXIT_STOPPED
+from cllm.errors import EXIT_MISTAKE, EXIT_STOPPED
 from cllm.runs import RunFolder
 from cllm.train import run as run_module
 from cllm.train.module import TrainingModule
@@ -129,6 +130,39 @@ def test_a_second_interrupt_ends_at_once_and_in_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("stopped by SIGINT; --resume auto goes on from the newest checkpoint")
     assert not any("Traceback" in line for line in lines)
+
+
+def test_a_second_interrupt_that_a_library_replaces_by_an_error_ends_as_it_does(
+    tiny: Tiny, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As compiled code does, which drops what led to its error."""
+    config = tiny(*STEPS)
+
+    def interrupt_twice() -> None:
+        send(signal.SIGINT)
+        with contextlib.suppress(KeyboardInterrupt):
+            send(signal.SIGINT)
+        raise ValueError("cannot be built: Interrupted: SIGINT")
+
+    at_step(monkeypatch, 3, interrupt_twice)
+    assert command(config) == EXIT_STOPPED
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("stopped by SIGINT; --resume auto goes on from the newest checkpoint")
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_an_error_of_saving_after_a_signal_is_reported_as_such(
+    tiny: Tiny, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(trainer: Any, path: Any, **_: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    at_step(monkeypatch, 3, lambda: send(signal.SIGTERM))
+    monkeypatch.setattr("lightning.pytorch.Trainer.save_checkpoint", full)
+    assert command(tiny(*STEPS)) == EXIT_MISTAKE
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert line.endswith("No space left on device; no checkpoint yet")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import random
 import shutil
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +19,8 @@ import pytest
 import torch
 
 from cllm.environment import environment
-from experiments.uptraining import base, report, setup, steptime, students
+from cllm.errors import EXIT_STOPPED
+from experiments.uptraining import base, experiment, report, setup, steptime, students
 from experiments.uptraining.__main__ import main
 from experiments.uptraining.setup import Student, agenda
 
@@ -180,6 +184,26 @@ def test_what_fails_is_written_down_and_stops_nothing_else(
     assert main([*arguments, "--lr", "1e-3"]) == 0, "tried again"
     assert not rows(out, "failed")
     assert len(rows(out, "run")) == 2
+
+
+def test_a_second_interrupt_that_became_another_error_is_no_failure(
+    corpus: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for file in (out / "results").glob("start-*"):
+        file.unlink()
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise ValueError("cannot be built: Interrupted: SIGINT")
+
+    monkeypatch.setattr(experiment, "measure_start", interrupted)
+    assert main(["starts", *command(corpus, out, "--only", "start-")]) == EXIT_STOPPED
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGINT; the same command goes on"
+    assert not rows(out, "failed")
 
 
 def test_an_import_that_differs_leaves_its_row(corpus: Path, whole: Path, tmp_path: Path, monkeypatch) -> None:

@@ -169,6 +169,12 @@ def test_the_table_of_rates() -> None:
     said(f"from 1.5e-3 to 3e-3: {worse[0]:.3f} and {worse[1]:.3f} nats")
 
 
+def test_the_longest_session_of_rates() -> None:
+    longest = max(sessions_of(RATES), key=lambda session: session["seconds"])
+    seconds, share = busy([longest])
+    said(f"the GPU was busy for {share:.0f} % of {seconds:,.0f} s. The first start is not hidden")
+
+
 def test_rates_with_and_without_a_norm_on_keys() -> None:
     study = load_study(RESULTS / "2026-11-29-study-rates-norm-1m-cpu.yaml")
     folder = RESULTS / "2026-11-29-study-rates-norm-1m-cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
@@ -17,8 +18,10 @@ from typing import Any
 import pytest
 import torch
 
+from cllm import environment
 from cllm.config import ModelConfig
 from cllm.model.decoder import Decoder
+from cllm.plan import picture
 from cllm.plugins import plugins
 from tests.warm import write_executable
 
@@ -35,6 +38,10 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
 # No test cuts the power. On a busy disk a sync takes half a second, and the suite makes 14,000 of them. Tests of the
 # order of syncs and renames record the calls.
 os.fsync = os.fstat  # type: ignore[assignment]
+
+# Every run draws its plan and asks git for the commit. Many of these plans are equal, and the commit is the same.
+picture.plan_png = functools.lru_cache(maxsize=256)(picture.plan_png)
+environment._git = functools.cache(environment._git)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 

@@ -41,7 +41,11 @@ class PlanView:
         """Draw the plan: layers as boxes, cached keys and values as lines beside them, reads as arrows."""
         from cllm.plan.picture import plan_figure
 
-        return plan_figure(self.plan, title or str(getattr(self.config.kv, "preset", "layers")))
+        return plan_figure(self.plan, title or self._title)
+
+    @property
+    def _title(self) -> str:
+        return str(getattr(self.config.kv, "preset", "layers"))
 
     def __str__(self) -> str:
         return "\n".join([plan_table(self.plan), "", plan_drawing(self.plan), "", *describe_bytes(self.config)])
@@ -50,11 +54,9 @@ class PlanView:
 
     def _repr_png_(self) -> bytes:
         """The picture, for notebooks."""
-        import io
+        from cllm.plan.picture import plan_png
 
-        file = io.BytesIO()
-        self.figure().savefig(file, format="png", dpi=110)
-        return file.getvalue()
+        return plan_png(self.plan, self._title)
 
 
 def plan(design: AnyConfig, *, layers: int | None = None, **settings: Any) -> PlanView:

@@ -16,7 +16,7 @@ from cllm.files import write_atomic
 from cllm.model.decoder import Decoder
 from cllm.model.sizes import count_parameters
 from cllm.plan.describe import plan_table
-from cllm.plan.picture import plan_figure
+from cllm.plan.picture import plan_png
 from cllm.rows import Row, rows_backwards
 from cllm.runs import RunFolder
 from cllm.tables import Column, markdown
@@ -40,7 +40,7 @@ def write_card(folder: Path, run: RunFolder, config: Config, decoder: Decoder, s
         OSError: if a file cannot be written.
     """
     title = f"{config.name}: {_design(config)}"
-    plan_figure(decoder.plan, title).savefig(folder / PICTURE, dpi=110)
+    write_atomic(folder / PICTURE, plan_png(decoder.plan, title))
     write_atomic(folder / CARD, card_text(run, config, decoder, step))
 
 
@@ -59,7 +59,7 @@ def write_conversion_card(folder: Path, decoder: Decoder, *, source: Path, famil
     """
     name = source.resolve().name
     design = getattr(decoder.config.kv, "preset", "layers")
-    plan_figure(decoder.plan, f"{name}: {design}").savefig(folder / PICTURE, dpi=110)
+    write_atomic(folder / PICTURE, plan_png(decoder.plan, f"{name}: {design}"))
     header = ModelCardData(
         library_name="transformers" if plain else "cllm",
         pipeline_tag="text-generation",

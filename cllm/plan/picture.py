@@ -12,6 +12,7 @@ it stands for.
 from __future__ import annotations
 
 import functools
+import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -185,6 +186,13 @@ def plan_figure(plan: KVPlan, title: str) -> Figure:
     _draw_rails(axes, plan, right, columns.width, 1)
     _draw_loop(axes, plan, brackets)
     return figure
+
+
+def plan_png(plan: KVPlan, title: str) -> bytes:
+    """The picture of `plan_figure` as a PNG file."""
+    file = io.BytesIO()
+    plan_figure(plan, title).savefig(file, format="png", dpi=110)
+    return file.getvalue()
 
 
 def _reach(rails: Sequence[_Rail]) -> float:

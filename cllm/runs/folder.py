@@ -89,6 +89,11 @@ class RunFolder:
         return self.path / "env.txt"
 
     @property
+    def picture_file(self) -> Path:
+        """The KV plan."""
+        return self.path / "plan.png"
+
+    @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 

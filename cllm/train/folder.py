@@ -14,7 +14,7 @@ from cllm.files import check_replaceable, write_atomic
 from cllm.hub.companions import keep_companions
 from cllm.model.decoder import Decoder
 from cllm.plan.describe import plan_table
-from cllm.plan.picture import plan_figure
+from cllm.plan.picture import plan_png
 from cllm.runs import RUN, RunFolder, check_run_folder
 from cllm.train.launch import is_first_process
 from cllm.train.resume import check_intact, check_resumable, ended_early, lacks_validation, newest_intact
@@ -136,4 +136,4 @@ def write_start(config: Config, folder: RunFolder, model: Decoder, summary: dict
     write_atomic(folder.path / "plan.txt", plan_table(model.plan) + "\n")
     if config.init.path is not None:
         keep_companions(Path(config.init.path), folder.path, config.model.vocab_size or 0)
-    plan_figure(model.plan, f"{config.name}: {summary['design']}").savefig(folder.path / "plan.png", dpi=110)
+    write_atomic(folder.picture_file, plan_png(model.plan, f"{config.name}: {summary['design']}"))

@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cllm.errors import UserError
-from cllm.plan.picture import plan_figure
 from cllm.progress import ProgressMeter
 from cllm.runs import RunFolder
 from cllm.train.metrics import MetricsLog, publish
@@ -70,9 +69,8 @@ class Metrics(Callback):
         self.writer = MetricsLog(
             self.folder, start_step=start, tokens_per_step=facts.tokens_per_step, loggers=trainer.loggers
         )
-        assert isinstance(pl_module, TrainingModule)
-        picture = plan_figure(pl_module.model.plan, self.folder.name)
-        self.writer.start(facts.hyperparameters, self.folder.config_file.read_text(encoding="utf-8"), picture)
+        config, picture = self.folder.config_file.read_text(encoding="utf-8"), self.folder.picture_file.read_bytes()
+        self.writer.start(facts.hyperparameters, config, picture)
         self.meter = ProgressMeter(facts.steps, self.folder.name, "step", done=start)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import struct
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
-from matplotlib.figure import Figure
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from cllm.errors import UserError
@@ -82,13 +83,13 @@ class MetricsLog:
                 )
             self._add_events(start_step, values, row["time"])
 
-    def start(self, hyperparameters: dict[str, Any], config_text: str, plan: Figure) -> None:
-        """Write the constants of the run: layout, hyperparameters, the config as text, a picture of the plan."""
+    def start(self, hyperparameters: dict[str, Any], config_text: str, plan: bytes) -> None:
+        """Write the constants of the run: layout, hyperparameters, the config as text, the plan as a PNG file."""
         self.board.add_custom_scalars(LAYOUT)
         flat = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in hyperparameters.items()}
         for summary in hparams_summaries(self._run, flat, {_FINAL: "validation perplexity"}):
             self.board._get_file_writer().add_summary(summary)  # add_hparams would begin another run
-        self.board.add_figure("kv/plan", plan, 0)
+        self.board._get_file_writer().add_summary(_picture("kv/plan", plan), 0)
         self.board.add_text("config", f"```yaml\n{config_text}\n```", 0)
         for logger in self.loggers:
             logger.log_hyperparams(flat)
@@ -123,6 +124,13 @@ class MetricsLog:
             self._file.close()
         finally:
             self.board.close()
+
+
+def _picture(tag: str, png: bytes) -> Summary:
+    """A PNG file as it is: `add_image` would decode it and write another. Its size is in its first chunk."""
+    width, height = struct.unpack(">II", png[16:24])
+    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
 def publish(trainer: Trainer, values: dict[str, float]) -> None:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 from tensorboard import context
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
+from cllm.config import ModelConfig
+from cllm.plan.picture import plan_png
 from cllm.runs import RunFolder
 from cllm.train.hparams import FIRST
 from cllm.train.metrics import MetricsLog
 
 
 @pytest.fixture
-def backend(tmp_path: Path) -> tuple[Any, Any]:
+def backend(tmp_path: Path, tiny_config: Callable[..., ModelConfig]) -> tuple[Any, Any]:
     """TensorBoard's experiment, and the rows of its table, for the runs `mha` and `cla`."""
+    picture = plan_png(tiny_config().plan(), "x")
     for run, perplexity in (("mha", 12.0), ("cla", 12.5)):
         folder = RunFolder(tmp_path / run)
         folder.path.mkdir()
         log = MetricsLog(folder, start_step=0, tokens_per_step=10)
         sizes = {"parameters": 10, "kv_resident_vs_mha": 0.5, "kv_read_vs_mha": 1.0}
-        log.start({"attention.backend": "sdpa", "design": run, **sizes, "a": 1, "train.seed": 3}, "", Figure())
+        log.start({"attention.backend": "sdpa", "design": run, **sizes, "a": 1, "train.seed": 3}, "", picture)
         log.write(1, {"val/ppl": 99.0})
         log.write(2, {"val/ppl": perplexity})
         log.close()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cllm.config import Config
@@ -71,7 +72,10 @@ def test_a_run_learns_and_writes_what_its_folder_promises(tiny: Tiny) -> None:
     assert {"train/loss", "val/loss", "val/ppl", "val/bits_per_byte", "throughput/tokens_per_s"} <= tags
     assert {"memory/peak_gib", "kv/bytes_per_token", "hp/val_ppl", "tokens"} <= tags
     assert [e.step for e in events.Scalars("val/loss")] == [0, 20, 30]
-    assert "kv/plan" in events.Tags()["images"]
+    (picture,) = events.Images("kv/plan")
+    with Image.open(folder.picture_file) as drawn:
+        assert (picture.width, picture.height) == drawn.size
+    assert picture.encoded_image_string == folder.picture_file.read_bytes()
     model, config, step = load_run(folder.path)
     assert step == 30
     assert config == folder.config()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
 
 from cllm.config import ModelConfig
@@ -24,16 +24,19 @@ LATENTS = [
     {"kv_lora_rank": 5, "qk_nope_head_dim": 2, "qk_rope_head_dim": 4, "v_head_dim": 4, "q_lora_rank": 7},
     {"kv_lora_rank": 9, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4, "q_lora_rank": 7, "blocks": 3},
 ]
-GIVEN = os.environ.get("CLLM_PLANS")
+PLUGGED = {key for key, kind in {**READS, **SOURCES}.items() if not kind.__module__.startswith("cllm.")}
+"""Kinds of plug-ins. With any, plans count as examples if they have one of them and are accepted; few are enough."""
+WANTED = os.environ.get("CLLM_PLANS")
 """The number of examples that the user wants; None: few, and always the same."""
+GIVEN = WANTED or ("8" if PLUGGED else None)
 PROPERTY = settings(
     max_examples=int(GIVEN or 50),
-    derandomize=GIVEN is None,
+    derandomize=WANTED is None,
     database=None,
     deadline=None,
     print_blob=True,
-    phases=(Phase.explicit, Phase.generate, Phase.shrink),
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    phases=(*(() if PLUGGED else (Phase.explicit,)), Phase.generate, Phase.shrink),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 
 
@@ -58,9 +61,10 @@ def reads(draw: st.DrawFn, layer: int, half: str, owners: list[int], cyclic: boo
         return {"share": draw(pool)}
     known = {"share", *(key for key, kind in READS.items() if issubclass(kind, Whole) or key == "fuse")}
     if others := sorted(READS.keys() - known):  # of plug-ins, with their options at the defaults
-        key = draw(st.sampled_from(["fuse", *others]))
+        key = draw(st.sampled_from(["fuse", *4 * others]))
         if key != "fuse":
-            return {key: draw(st.lists(pool, min_size=1, max_size=3, unique=True))}
+            two = st.lists(pool, min_size=2, max_size=2, unique=True) if len(set(near)) > 1 else st.just([near[0]])
+            return {key: draw(two if draw(st.booleans()) else st.lists(pool, min_size=1, max_size=3, unique=True))}
     read: dict[str, Any] = {"fuse": draw(st.lists(pool, min_size=1, max_size=3, unique=True))}
     rich = "complex" if half == "keys" else "matrix"
     for key, values in (
@@ -73,6 +77,10 @@ def reads(draw: st.DrawFn, layer: int, half: str, owners: list[int], cyclic: boo
     if read.get("granularity") == rich:
         read.pop("per_head", None)
     return read
+
+
+def _has_plug_in(layers: list[dict[str, Any]]) -> bool:
+    return any(PLUGGED & {*entry, *entry.get("keys", ()), *entry.get("values", ())} for entry in layers)
 
 
 @st.composite
@@ -120,6 +128,7 @@ def models(draw: st.DrawFn) -> dict[str, Any]:
         iterations = {"forward": draw(st.integers(0, 3)), "backward": draw(st.sampled_from([1, 1, 2, 3]))}
     flags = ("qk_norm", "q_bias", "kv_bias", "tie_embeddings", "scale_embeddings")
     options: dict[str, Any] = {key: draw(st.booleans()) for key in flags}
+    assume(not PLUGGED or _has_plug_in(layers))
     options["mlp_activation"] = draw(st.sampled_from(["silu", "gelu_tanh"]))
     if draw(st.integers(0, 2)) == 0:
         options["rope"] = {"windowed_theta": 30.0}

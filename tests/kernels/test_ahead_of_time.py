@@ -6,6 +6,7 @@ the compiler accepts the kernels, that they fit, and how many registers spill. T
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -67,8 +68,9 @@ def test_kernels_compile_and_fit(capability: int) -> None:
         assert made["spilled"] <= (32 if made["coded"] else SPILLED[version][capability] + more), made
 
 
+@functools.cache
 def spilled_bytes(ptx: str, capability: int) -> int:
-    """Bytes that one kernel spills for each thread, as the assembler reports."""
+    """Bytes that one kernel spills for each thread, as the assembler reports. Many launches share a kernel."""
     import triton
 
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"

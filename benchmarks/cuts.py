@@ -127,7 +127,7 @@ def split_traffic(model: ModelConfig, tokens: int) -> dict[str, float]:
     """
     part, plan = (SPLIT - 1) / SPLIT, model.plan()
     gathered = sum(
-        sum(slot_bytes(model, j)) * min(part * tokens, plan.kept(j) or math.inf)
+        sum(slot_bytes(plan.owned(j), model.resolved_head_dim)) * min(part * tokens, plan.kept(j) or math.inf)
         for j in plan.slots
         if not plan.owned(j).is_state
     )

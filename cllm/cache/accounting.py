@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from cllm.config import ModelConfig
@@ -37,10 +38,9 @@ class KVBytes:
 
 
 def slot_bytes(
-    config: ModelConfig, owner: int, *, bytes_per_element: int = 2, storage: Storage = "model"
+    source: Source, head_dim: int, *, bytes_per_element: int = 2, storage: Storage = "model"
 ) -> tuple[int, int]:
     """Bytes that one token adds to the two tensors of a slot; under fp8 with a bf16 factor for each vector."""
-    source, head_dim = config.plan().owned(owner), config.resolved_head_dim
     k, v = source.elements(head_dim)
     if storage == "model":
         return k * bytes_per_element, v * bytes_per_element
@@ -64,7 +64,8 @@ def kv_bytes(
     """
     plan = config.plan()
     context = context or config.max_seq_len
-    slots = {j: slot_bytes(config, j, bytes_per_element=bytes_per_element, storage=storage) for j in plan.slots}
+    size = partial(slot_bytes, head_dim=config.resolved_head_dim, bytes_per_element=bytes_per_element, storage=storage)
+    slots = {j: size(plan.owned(j)) for j in plan.slots}
     resident = written = read = 0.0
     for owner in plan.slots:
         if state := state_bytes(config, plan.owned(owner)):
@@ -116,7 +117,8 @@ def cuts(config: ModelConfig, *, bytes_per_element: int = 2) -> list[Cut]:
     other way.
     """
     plan = config.plan()
-    slots = {j: slot_bytes(config, j, bytes_per_element=bytes_per_element) for j in plan.owners}
+    head_dim = config.resolved_head_dim
+    slots = {j: slot_bytes(plan.owned(j), head_dim, bytes_per_element=bytes_per_element) for j in plan.owners}
     readers: dict[Half, dict[int, list[int]]] = {"keys": plan.readers("keys"), "values": plan.readers("values")}
     found = []
     for after in range(len(plan) - 1):

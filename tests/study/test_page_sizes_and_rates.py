@@ -149,11 +149,11 @@ def test_the_table_of_rates() -> None:
     }
     assert {label for label, rate in rates.items() if rate == 1.5e-3} == {"fusedkv", "fusedkv_lite"}
     assert set(rates.values()) == {7.5e-4, 1.5e-3}, "the lowest rate tried"
-    others = ", ".join(f"{gain[label]} ({label})" for label in ("gqa", "mha", "cla-2", "yoco"))
+    better_ones = ", ".join(f"{gain[label]} ({label})" for label in ("gqa", "mha", "cla-2", "yoco"))
     gaps = [at(run(rate, 25e6, "mha"), 25e6) - at(run(1.5e-3, 25e6, "fusedkv"), 25e6) for rate in (7.5e-4, 1.5e-3)]
     said(
         f"Half of it is {gain['fusedkv'][1:]} and {gain['fusedkv_lite'][1:]} nats worse for them",
-        f"better for the others: by {others} and {gain['mla']} (mla)",
+        f"better for the others: by {better_ones} and {gain['mla']} (mla)",
         f"with the best rate of each it is {gaps[0]:.3f} nats after 25 M tokens, and {gaps[1]:.3f} with 1.5e-3",
     )
     answers(f"mla is {better(50e6)} nats better at half of")

@@ -29,6 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 torch.set_num_threads(1)
 
+# With PYTHONDONTWRITEBYTECODE, as in many containers, every process rewrites the assertions of all tests: ten seconds.
+sys.dont_write_bytecode = False
+
 # As a terminal starts commands. A background job ignores SIGINT, nohup ignores SIGHUP; what is ignored here is also
 # ignored in every process that a test starts.
 for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

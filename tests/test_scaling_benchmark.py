@@ -86,7 +86,7 @@ def forked_ranks(single_runs_here: None, monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(scaling, "start", fork)
 
 
-@pytest.mark.usefixtures("single_runs_here")
+@pytest.mark.usefixtures("single_runs_here", "warm_python")
 def test_runs_are_compared_and_a_failed_one_does_not_stop_the_others(
     bench: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,7 @@ imports it once. `executable` is a program with Python's command line (`FILE ...
 work is done in a fork of the server: with the output, working directory, environment and exit status of a usual
 process. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on. If the program is killed, its fork gets SIGTERM.
 
-The fork's command line in /proc is that of the server. Tests that look for processes there need the usual Python.
+Processes that a fork starts with `sys.executable` are forks, too. The fork's command line in /proc is that of the server. Tests that look for processes there need the usual Python.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def serve(folder: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
     listener.listen(64)
+    sys.executable = str(folder / "python")
     print("ready", flush=True)
     running: dict[socket.socket, int] = {}
     left: set[int] = set()  # whose client was killed
@@ -121,6 +122,10 @@ def _run(words: list[str], folder: str, environment: dict[str, str]) -> int:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    if "LOCAL_RANK" in environment:  # Lightning reads it when it is imported
+        from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+        rank_zero_only.rank = int(environment["LOCAL_RANK"])  # type: ignore[attr-defined]
     sys.path[:0] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     status = 0
     try:

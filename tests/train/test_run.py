@@ -167,6 +167,7 @@ def test_document_masks_and_several_validation_sets(tiny: Tiny, prepared: Path, 
     assert row["val/ar_loss"] == pytest.approx(sum(found) / len(found), rel=1e-5)
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_two_cpu_processes_take_the_same_steps_as_one(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny("--train.steps", "3", "--name", "one")
     one = train(config)

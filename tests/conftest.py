@@ -7,9 +7,7 @@ import gc
 import importlib.util
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +21,7 @@ from cllm.config import ModelConfig
 from cllm.model.decoder import Decoder
 from cllm.plan import picture
 from cllm.plugins import plugins
-from tests.warm import write_executable
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -138,17 +136,8 @@ def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def warm_executable() -> Iterator[Path]:
     """A Python whose processes start with the training stack imported, see `warm.py`."""
-    with tempfile.TemporaryDirectory(prefix="cllm-warm-") as folder:  # a socket's path is short
-        file = write_executable(Path(folder))
-        command = [sys.executable, str(Path(__file__).with_name("warm.py")), "serve", folder]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as server:
-            assert server.stdout is not None
-            assert server.stdout.readline() == "ready\n"
-            yield file
-            server.communicate()
+    with warm.warm_executable() as file:
+        yield file
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ imports it once. `executable` is a program with Python's command line (`FILE ...
 work is done in a fork of the server: with the output, working directory, environment and exit status of a usual
 process. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on. If the program is killed, its fork gets SIGTERM.
 
-Processes that a fork starts with `sys.executable` are forks, too. The fork's command line in /proc is that of the server. Tests that look for processes there need the usual Python.
+Processes that a fork starts with `sys.executable` are forks, too. The fork's command line in /proc is that of the
+server. Tests that look for processes there need the usual Python.
 """
 
 from __future__ import annotations
@@ -16,11 +17,33 @@ import select
 import signal
 import socket
 import struct
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 PRELOADED = ("cllm.train.run", "cllm.hub.export", "cllm.evaluate.suites.jobs", "cllm.uptrain.student", "yaml")
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@contextmanager
+def warm_executable(modules: Sequence[str] = PRELOADED, **variables: str) -> Iterator[Path]:
+    """The executable of a server that runs meanwhile. It has imported `modules`, with these environment variables."""
+    with tempfile.TemporaryDirectory(prefix="cllm-warm-") as folder:  # a socket's path is short
+        file = write_executable(Path(folder))
+        command = [sys.executable, __file__, "serve", folder, *modules]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as server:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready\n"
+            yield file
+            server.communicate()
 
 
 def write_executable(folder: Path) -> Path:
@@ -44,12 +67,12 @@ def client(address: str, words: list[str]) -> int:
         return struct.unpack("i", answer)[0] if answer else 70
 
 
-def serve(folder: Path) -> None:
-    """Fork for each client, until stdin is closed."""
+def serve(folder: Path, modules: Sequence[str]) -> None:
+    """Import modules and fork for each client, until stdin is closed."""
     import gc
     import importlib
 
-    for name in PRELOADED:
+    for name in modules:
         importlib.import_module(name)
     import torch
 
@@ -162,4 +185,4 @@ if __name__ == "__main__":
                 signal.signal(-result, signal.SIG_DFL)
             os.kill(os.getpid(), -result)
         os._exit(result)
-    serve(Path(sys.argv[2]))
+    serve(Path(sys.argv[2]), sys.argv[3:])

@@ -347,6 +347,7 @@ def test_a_part_whose_process_is_killed_is_named_with_the_signal(evaluate, comma
     assert "samples=1: killed by SIGKILL: copying: 1 of 2 samples; log: " in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_gpu_that_its_process_cannot_use_is_no_reason_for_the_cpu(evaluate, command, monkeypatch, capsys) -> None:
     monkeypatch.setattr("cllm.workers.find_gpus", lambda: ["99"])
     words = command("copying:distances=6,samples=1")

@@ -15,6 +15,7 @@ import functools
 import inspect
 import runpy
 import sys
+import warnings
 from typing import Any
 
 from triton.language.semantic import TritonSemantic
@@ -74,5 +75,6 @@ if __name__ == "__main__":
         leave_out_checks_of_overflow()
     if hasattr(interpreter, "_get_np_dtype"):
         remember_types()
+    warnings.simplefilter("ignore")
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")

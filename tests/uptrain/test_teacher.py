@@ -233,6 +233,7 @@ def test_a_run_brings_the_tokenizer_of_its_data(tiny, prepared: Path, tmp_path: 
     assert "its tokenizer is not compared with that of the data" in caplog.text
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_the_command_line_answers_a_bad_folder_with_one_line(tmp_path: Path) -> None:
     file = tmp_path / "student.yaml"
     file.write_text("model: {kv: {preset: cla}}")

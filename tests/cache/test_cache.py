@@ -1,5 +1,8 @@
 """What a cache must not change: the logits; and what it must hold: the slots of owners, to the byte."""
 
+import functools
+import os
+
 import pytest
 import torch
 
@@ -21,9 +24,19 @@ DESIGNS = [
     "cla, factor 3",
 ]
 KINDS = {"growing": None, "static": LENGTH + 2}
+PARTS = [[7] + [1] * 5, [4, 4, 4], [1] * LENGTH, [2, 2, 1, 4, 3], [LENGTH]]
+"""Numbers of tokens of the passes."""
+CHUNKS = [None, 4, 11]
 
 
-@pytest.fixture
+def half(values, name, kind):
+    """Every second value, such that each one meets every design, and both kinds of cache; all with `CLLM_PLANS`."""
+    if "CLLM_PLANS" in os.environ:
+        return values
+    return values[(DESIGNS.index(name) + list(KINDS).index(kind)) % 2 :: 2]
+
+
+@pytest.fixture(scope="session")
 def exact_config(preset_config):
     """A preset with passes enough that a cyclic plan is exact over `LENGTH` tokens."""
 
@@ -37,9 +50,21 @@ def exact_config(preset_config):
     return build
 
 
-@pytest.fixture
-def design(exact_config, random_model):
+@pytest.fixture(scope="session")
+def new_design(exact_config, random_model):
     return lambda name: random_model(exact_config(name)).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def design(new_design):
+    """`design("mla")`: a model, for tests that do not change it."""
+    return functools.cache(new_design)
+
+
+@pytest.fixture(scope="session")
+def padded(design):
+    """`padded("mla")`: ids, and the logits of each sequence alone with `PADDING`."""
+    return functools.cache(lambda name: (ids := tokens(3), alone(design(name), ids, PADDING)))
 
 
 def tokens(batch, length=LENGTH, seed=0):
@@ -69,35 +94,32 @@ def run(model, cache, ids, parts, starts=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", DESIGNS)
-def test_prefill_and_decoding_give_the_logits_of_a_full_forward(name, kind, design):
-    model, ids = design(name), tokens(3)
+def test_prefill_and_decoding_give_the_logits_of_a_full_forward(name, kind, design, padded):
+    model, (ids, expected) = design(name), padded(name)
     starts = torch.tensor(PADDING)
-    expected = alone(model, ids, PADDING)
     no_padding = model(ids)
-    for parts in ([7] + [1] * 5, [4, 4, 4]):
+    for parts in half(PARTS[:2], name, kind):
         cache = KVCache(model.config, max_len=KINDS[kind])
         assert_same(run(model, cache, ids, parts), no_padding, [0, 0, 0])
         assert cache.get_seq_length() == LENGTH
-    for parts in ([7] + [1] * 5, [1] * LENGTH, [4, 4, 4], [2, 2, 1, 4, 3], [LENGTH]):
+    for parts in half(PARTS, name, kind):
         cache = KVCache(model.config, max_len=KINDS[kind])
         assert_same(run(model, cache, ids, parts, starts), expected, PADDING)
         assert cache.get_seq_length() == LENGTH
 
 
 @pytest.mark.parametrize("name", DESIGNS)
-def test_padding_without_a_cache(name, design):
-    model, ids = design(name), tokens(3)
-    found = model(ids, starts=torch.tensor(PADDING))
-    assert_same(found, alone(model, ids, PADDING), PADDING)
+def test_padding_without_a_cache(name, design, padded):
+    ids, expected = padded(name)
+    assert_same(design(name)(ids, starts=torch.tensor(PADDING)), expected, PADDING)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", DESIGNS)
-def test_early_exit_is_exact_and_leaves_the_same_cache(name, kind, design):
-    model, ids = design(name), tokens(3)
+def test_early_exit_is_exact_and_leaves_the_same_cache(name, kind, design, padded):
+    model, (ids, expected) = design(name), padded(name)
     starts = torch.tensor(PADDING)
-    expected = alone(model, ids, PADDING)
-    for chunk in (None, 4, 11):
+    for chunk in half(CHUNKS, name, kind):
         cache = KVCache(model.config, max_len=KINDS[kind])
         last = model.head(model.prefill(ids[:, :10], cache, starts=starts, chunk=chunk))
         assert last.shape == (3, 1, 32)
@@ -107,8 +129,8 @@ def test_early_exit_is_exact_and_leaves_the_same_cache(name, kind, design):
     assert_same(last, expected, PADDING, begin=LENGTH - 1)
 
 
-def test_early_exit_skips_the_layers_that_own_nothing(design, monkeypatch):
-    model, lengths = design("fusedkv"), {}
+def test_early_exit_skips_the_layers_that_own_nothing(new_design):
+    model, lengths = new_design("fusedkv"), {}
     for i, block in enumerate(model.blocks):
         block.mlp.register_forward_hook(lambda _, args, __, i=i: lengths.update({i: args[0].shape[1]}))
     model.prefill(tokens(2), KVCache(model.config))
@@ -220,8 +242,8 @@ def test_a_reset_cache_starts_anew(name, kind, design):
 
 
 @pytest.mark.parametrize("name", ["fusedkv", "yoco with retention"])
-def test_compiled_decoding_gives_the_same_logits(name, design):
-    model, ids = design(name), tokens(2)
+def test_compiled_decoding_gives_the_same_logits(name, new_design):
+    model, ids = new_design(name), tokens(2)
     expected = model(ids)
     model.compile_decoding()
     found = run(model, KVCache(model.config, max_len=LENGTH), ids, [8, 1, 1, 1, 1])

@@ -115,6 +115,12 @@ def test_a_terminal_that_closes_does_not_keep_a_run_from_saving(
     assert [step for step, _ in RunFolder(Path(config.runs_dir) / config.name).checkpoints()] == [3]
 
 
+def check_interrupted_in_one_line(capsys: Any) -> None:
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("stopped by SIGINT; --resume auto goes on from the newest checkpoint")
+    assert not any("Traceback" in line for line in lines)
+
+
 def test_a_second_interrupt_ends_at_once_and_in_one_line(
     tiny: Tiny, command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -127,9 +133,7 @@ def test_a_second_interrupt_ends_at_once_and_in_one_line(
     at_step(monkeypatch, 3, interrupt_twice)
     assert command(config) == EXIT_STOPPED
     assert RunFolder(Path(config.runs_dir) / config.name).checkpoints() == []
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("stopped by SIGINT; --resume auto goes on from the newest checkpoint")
-    assert not any("Traceback" in line for line in lines)
+    check_interrupted_in_one_line(capsys)
 
 
 def test_a_second_interrupt_that_a_library_replaces_by_an_error_ends_as_it_does(
@@ -146,9 +150,7 @@ def test_a_second_interrupt_that_a_library_replaces_by_an_error_ends_as_it_does(
 
     at_step(monkeypatch, 3, interrupt_twice)
     assert command(config) == EXIT_STOPPED
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("stopped by SIGINT; --resume auto goes on from the newest checkpoint")
-    assert not any("Traceback" in line for line in lines)
+    check_interrupted_in_one_line(capsys)
 
 
 def test_an_error_of_saving_after_a_signal_is_reported_as_such(

@@ -210,6 +210,13 @@ def test_defaults_follow_from_the_model():
     assert model.kv.preset == "mha"
 
 
+def test_a_design_is_named_by_its_preset_and_a_plan_without_one_by_layers():
+    designs = {name: ModelConfig.model_validate({**MODEL, "kv": KV[name]}).design for name in KV}
+    others = {"options": "fusedkv", "retention": "yoco", "iterations": "lckv", "layers": "layers"}
+    assert designs == {name: others.get(name, name) for name in KV}
+    assert ModelConfig(**MODEL).design == "mha"
+
+
 def test_head_dim_frees_d_model_from_the_heads():
     assert ModelConfig(d_model=50, n_layers=2, n_heads=4, head_dim=8).resolved_head_dim == 8
 

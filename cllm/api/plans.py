@@ -41,11 +41,7 @@ class PlanView:
         """Draw the plan: layers as boxes, cached keys and values as lines beside them, reads as arrows."""
         from cllm.plan.picture import plan_figure
 
-        return plan_figure(self.plan, title or self._title)
-
-    @property
-    def _title(self) -> str:
-        return str(getattr(self.config.kv, "preset", "layers"))
+        return plan_figure(self.plan, title or self.config.design)
 
     def __str__(self) -> str:
         return "\n".join([plan_table(self.plan), "", plan_drawing(self.plan), "", *describe_bytes(self.config)])
@@ -56,7 +52,7 @@ class PlanView:
         """The picture, for notebooks."""
         from cllm.plan.picture import plan_png
 
-        return plan_png(self.plan, self._title)
+        return plan_png(self.plan, self.config.design)
 
 
 def plan(design: AnyConfig, *, layers: int | None = None, **settings: Any) -> PlanView:

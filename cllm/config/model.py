@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from cllm.plan.plan import MAX_LAYERS, KVPlan
-from cllm.plan.presets import MHA
+from cllm.plan.presets import MHA, Preset
 from cllm.plan.schema import KVConfig
 from cllm.plan.shape import Shape
 from cllm.section import MAX_HEADS, MAX_TOKENS, MAX_WIDTH, Section
@@ -155,6 +155,11 @@ class ModelConfig(Section):
                         f"{self.rope.windowed_theta} gives different RoPE; allowed: slots of one kind, or "
                         "rope.windowed_theta null"
                     )
+
+    @property
+    def design(self) -> str:
+        """The name of the KV plan: its preset, or `layers` for a plan without one."""
+        return self.kv.preset if isinstance(self.kv, Preset) else "layers"
 
     @property
     def beyond_llama(self) -> dict[str, Any]:

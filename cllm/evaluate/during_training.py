@@ -79,7 +79,7 @@ class TrainedSubject(RunSubject):
         self.name = config.name
         self.path = self.folder = Path(config.runs_dir) / config.name
         self.checkpoint, self.latest, self.step = "", True, None
-        self.design = str(getattr(config.model.kv, "preset", "layers"))
+        self.design = config.model.design
         self.context, self.window = config.model.max_seq_len, config.data.seq_len
         self.document_mask = config.data.document_mask
         self.precision = "bf16" if bf16 else "fp32"

@@ -137,7 +137,7 @@ class RunSubject(Subject):
         newest = [checkpoint.name for _, checkpoint in run.checkpoints()[-1:]]
         self.latest = path.suffix != ".ckpt" or newest == [self.checkpoint]
         self.design = run.summary().get("design", "") if run.summary_file.exists() else ""
-        self.design = self.design or getattr(config.model.kv, "preset", "layers")
+        self.design = self.design or config.model.design
         self.context, self.window = config.model.max_seq_len, config.data.seq_len
         self.document_mask = config.data.document_mask
         self.precision = "bf16" if device.type == "cuda" and config.train.precision != "fp32" else "fp32"

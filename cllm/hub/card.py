@@ -39,7 +39,7 @@ def write_card(folder: Path, run: RunFolder, config: Config, decoder: Decoder, s
     Raises:
         OSError: if a file cannot be written.
     """
-    title = f"{config.name}: {_design(config)}"
+    title = f"{config.name}: {config.model.design}"
     write_atomic(folder / PICTURE, plan_png(decoder.plan, title))
     write_atomic(folder / CARD, card_text(run, config, decoder, step))
 
@@ -58,7 +58,7 @@ def write_conversion_card(folder: Path, decoder: Decoder, *, source: Path, famil
         OSError: if a file cannot be written.
     """
     name = source.resolve().name
-    design = getattr(decoder.config.kv, "preset", "layers")
+    design = decoder.config.design
     write_atomic(folder / PICTURE, plan_png(decoder.plan, f"{name}: {design}"))
     header = ModelCardData(
         library_name="transformers" if plain else "cllm",
@@ -80,7 +80,7 @@ def write_conversion_card(folder: Path, decoder: Decoder, *, source: Path, famil
 
 def card_text(run: RunFolder, config: Config, decoder: Decoder, step: int) -> str:
     """The card in Markdown, with the YAML header that the Hub reads; arguments as in `write_card`."""
-    design = _design(config)
+    design = config.model.design
     header = ModelCardData(library_name="cllm", pipeline_tag="text-generation", tags=["cllm", design])
     parts = [
         f"---\n{header.to_yaml()}\n---",
@@ -108,10 +108,6 @@ def _usage(*, with_cllm: bool) -> str:
 
 def _plan(decoder: Decoder, name: str) -> list[str]:
     return ["## KV plan", f"```\n{plan_table(decoder.plan)}\n```", f"![the KV plan of {name}]({PICTURE})"]
-
-
-def _design(config: Config) -> str:
-    return getattr(config.model.kv, "preset", "layers")
 
 
 def _table(rows: dict[str, str]) -> str:

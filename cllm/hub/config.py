@@ -123,8 +123,8 @@ class CLLMConfig(PretrainedConfig):
 
     @property
     def design(self) -> str:
-        """The preset of the KV plan, or `layers` for an explicit plan."""
-        return getattr(self.model_config.kv, "preset", "layers")
+        """The name of the KV plan: its preset, or `layers` for a plan without one."""
+        return self.model_config.design
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, views included."""

@@ -285,4 +285,4 @@ def check_header(path: Path, header: Header, *, model: str, salt: str, decoder: 
 def design_of(decoder: Any) -> str:
     """The model in a few words."""
     config = decoder.config
-    return f"{getattr(config.kv, 'preset', 'layers')}, {config.n_layers} layers, d_model {config.d_model}"
+    return f"{config.design}, {config.n_layers} layers, d_model {config.d_model}"

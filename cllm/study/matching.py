@@ -64,9 +64,8 @@ def match_cache(model: ModelConfig, wanted: Fraction, given: set[str]) -> CacheM
         if best is None or rank < best:
             best, found = rank, CacheMatch(kv, wanted, share)
     if not tried and abs(found.reached - wanted) > 1e-9:
-        preset = getattr(model.kv, "preset", "layers")
         raise UserError(
-            f"match.cache_bytes: the plan {preset} has no key left to reach {wanted} of mha's cache; it has "
+            f"match.cache_bytes: the plan {model.design} has no key left to reach {wanted} of mha's cache; it has "
             f"{found.reached:.3f}; allowed: designs that leave n_kv_heads, a sharing factor or a rank open"
         )
     return found

@@ -11,18 +11,13 @@ from cllm.model.sizes import count_parameters, training_flops_per_token
 from cllm.train.measure import RunFacts
 
 
-def design_name(config: Config) -> str:
-    """The plan's name in tables: that of the preset, or `layers`."""
-    return getattr(config.model.kv, "preset", "layers")
-
-
 def summarise(config: Config, model: Decoder) -> dict[str, Any]:
     """The content of summary.json: numbers that comparisons of runs need besides metrics, see `cllm/runs/folder.py`."""
     own, twin = kv_bytes(config.model), kv_bytes(mha_twin(config.model))
     resident, read = own.relative_to(twin)
     return {
         "name": config.name,
-        "design": design_name(config),
+        "design": config.model.design,
         "parameters": count_parameters(model),
         "parameters_without_embeddings": count_parameters(model, embeddings=False),
         "vocab_size": config.model.vocab_size,

@@ -19,6 +19,7 @@ from cllm.config.load import config_parser, validate
 from cllm.errors import UserError, one_line
 from cllm.model.sizes import count_parameters, meta_decoder, training_flops_per_token
 from cllm.plan.presets import preset_names
+from cllm.signals import stoppable
 from cllm.uptrain.complete import load_config
 
 WEIGHT, MASTER_AND_MOMENTS = 2, 12
@@ -138,6 +139,7 @@ def split_traffic(model: ModelConfig, tokens: int) -> dict[str, float]:
 
 
 @one_line
+@stoppable()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     parser = config_parser(Config, __doc__ or "")

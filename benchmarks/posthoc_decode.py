@@ -35,7 +35,7 @@ from benchmarks.posthoc_options import (
     device_of,
     layer_ms,
 )
-from benchmarks.record import Record
+from benchmarks.record import KEPT, Record
 from benchmarks.timing import (
     BF16,
     free,
@@ -59,6 +59,7 @@ from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
 from cllm.posthoc.stores import consecutive_table
+from cllm.signals import raise_if_stopped, stoppable
 
 SVDS = [
     "svd=auto",
@@ -190,6 +191,7 @@ class DecodeBenchmark:
                 calls = [functools.partial(self.layers.attend_tiled, i, rebuild) for i in self.every]
                 self.add(f"  {rebuild}".replace("Rebuild", ""), calls, *self._rebuilding())
             except Exception as failure:
+                raise_if_stopped(failure)
                 wait(self.device)
                 print(f"  {rebuild} failed: {' '.join(str(failure).split())[:90]}")
 
@@ -317,6 +319,7 @@ def make_parser() -> Parser:
 
 
 @one_line
+@stoppable(kept=KEPT)
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     o = make_parser().parse_args(argv)

@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cllm
-from benchmarks.record import Record, Row
+from benchmarks.record import KEPT, Record, Row
 from benchmarks.timing import free, wall_time
 from cllm.arguments import Parser, whole_number
 from cllm.cache.cache import KVCache
@@ -51,6 +51,7 @@ from cllm.posthoc.registry import parse
 from cllm.prefix.file import read_header
 from cllm.prefix.fingerprint import decoder_of
 from cllm.prefix.store import GIB, PrefixStore
+from cllm.signals import raise_if_stopped, stoppable
 
 DESIGNS = ("mha", "gqa:n_kv_heads=2", "cla", "yoco", "fusedkv", "fusedkv_lite", "mla")
 TIMES = ("prefill", "store", "device", "host", "disk")
@@ -82,6 +83,7 @@ def make_parser() -> Parser:
 
 
 @one_line
+@stoppable(kept=KEPT)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = make_parser().parse_args(arguments)
@@ -128,6 +130,7 @@ def measure(design: str, decoder: Decoder, options: Any, device: torch.device) -
             with tempfile.TemporaryDirectory(dir=options.folder) as folder:
                 found = _stored(decoder, cache, prompt, Path(folder) / "prefixes", kind, device)
         except UserError as error:
+            raise_if_stopped(error)
             tqdm.write(f"{design:<20}{stored:<26} is left out: {error}")
             continue
         rows.append({"design": design, "stored": stored, "tokens": options.tokens, **found})

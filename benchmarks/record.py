@@ -10,6 +10,9 @@ from cllm.files import write_atomic
 
 Row = dict[str, Any]
 
+KEPT = "with --out, its file has what was measured before; the same command measures all again and replaces it"
+"""The results that a command with a `Record` keeps when a signal ends it, for `stoppable`."""
+
 
 class Record:
     """Results as they come, written as JSON after each of them: an interruption loses only the running measurement.

@@ -31,11 +31,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.record import Record
+from benchmarks.record import KEPT, Record
 from benchmarks.serve_load import DESIGNS, DTYPES, Load, Most, Result, Timing, export, make_result, table
 from cllm.arguments import Parser, whole_number
 from cllm.environment import environment
 from cllm.errors import UserError, one_line
+from cllm.signals import stoppable
 
 ENGINES = ("vllm", "transformers")
 START_SECONDS = 600
@@ -182,6 +183,7 @@ def make_parser(program: str = "python -m benchmarks.serve") -> Parser:
 
 
 @one_line
+@stoppable(kept=KEPT)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = make_parser().parse_args(arguments)

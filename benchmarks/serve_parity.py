@@ -26,6 +26,7 @@ from cllm.arguments import Parser, whole_number
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
 from cllm.hub.open import open_config
+from cllm.signals import stoppable
 
 PROMPTS = (
     "The capital of France is",
@@ -181,6 +182,7 @@ def make_parser(program: str = "python -m benchmarks.serve_parity") -> Parser:
 
 
 @one_line
+@stoppable()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns 1 if a text of fp32 differs."""
     from cllm.serve.launch import check_folder

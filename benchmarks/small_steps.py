@@ -21,12 +21,14 @@ import torch
 from lightning.pytorch import Callback
 from torch.profiler import ProfilerActivity
 
-from benchmarks.record import Record, Row
+from benchmarks.record import KEPT, Record, Row
 from benchmarks.timing import free, wall_clock
 from cllm.arguments import Parser, whole_number
 from cllm.environment import choose_device, environment
 from cllm.errors import UserError, one_line
+from cllm.signals import Interrupted, raise_if_stopped, stoppable
 from cllm.train.run import train
+from cllm.train.stop import StopWhenDone
 from cllm.uptrain.complete import load_config
 
 _WARM_UP, _PROFILED = 20, 5
@@ -38,6 +40,8 @@ class Timer(Callback):
 
     def __init__(self, steps: int):
         self.steps, self.row = steps, Row()
+        self.stopped: int | None = None
+        """The signal that ended training early; None without one."""
         self._begin = 0.0
         self._trace: Any = None
 
@@ -58,6 +62,11 @@ class Timer(Callback):
             self.row["kernels_ms"] = sum(event.self_device_time_total for event in kernels) / 1000 / _PROFILED
             self.row["kernels"] = round(len(kernels) / _PROFILED)
 
+    def on_train_end(self, trainer: lightning.Trainer, module: Any) -> None:
+        """Note whether a signal ended training."""
+        for stop in (c for c in trainer.callbacks if isinstance(c, StopWhenDone)):  # type: ignore[attr-defined]
+            self.stopped = stop.received if stop.interrupted else None
+
 
 def measure(config: Path, *, graph: bool, steps: int, words: Sequence[str]) -> Row:
     """One row: `step_ms`, `tokens_per_s` and, on a GPU, `kernels_ms` and `kernels` of a step.
@@ -70,6 +79,7 @@ def measure(config: Path, *, graph: bool, steps: int, words: Sequence[str]) -> R
 
     Raises:
         UserError: for a config that cannot be trained, or not as a graph.
+        Interrupted: if a signal ended training early.
     """
     total = str(_WARM_UP + steps + _PROFILED + 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -77,6 +87,8 @@ def measure(config: Path, *, graph: bool, steps: int, words: Sequence[str]) -> R
         loaded = load_config([config], [*more, "--train.cuda_graph", str(graph).lower(), *words])
         timer = Timer(steps)
         train(loaded, callbacks=[timer])
+    if timer.stopped is not None:
+        raise Interrupted(timer.stopped)
     free(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     tokens = loaded.train.global_batch * loaded.data.seq_len
     return {**timer.row, "tokens": tokens, "tokens_per_s": 1000 * tokens / timer.row["step_ms"]}
@@ -105,6 +117,7 @@ def parser() -> Parser:
 
 
 @one_line
+@stoppable(kept=KEPT)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -121,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 row |= measure(config, graph=graph, steps=options.steps, words=words)
             except UserError as error:
+                raise_if_stopped(error)
                 if not graph:
                     raise
                 row["obstacle"] = str(error)

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.posthoc_options import PrintedRecord, layer_ms
 from benchmarks.timing import wait
+from cllm.signals import raise_if_stopped
 
 SECONDS = 345
 """Nothing is measured after this time."""
@@ -30,6 +31,7 @@ class Variants:
         try:
             ms = layer_ms(calls, self.device)
         except Exception as failure:
+            raise_if_stopped(failure)
             wait(self.device)
             print(f"{what:<9}{name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
             return float("inf")

@@ -165,13 +165,15 @@ def interrupting(handler: Any) -> Any:
 
 
 def stoppable(
-    resume_hint: str | None = None, *more: signal.Signals
+    resume_hint: str | None = None, *more: signal.Signals, kept: str | None = None
 ) -> Callable[[Callable[..., int | None]], Callable[..., int]]:
     """Decorate a command's main function to end on Ctrl-C, SIGTERM, SIGHUP and `more` with one line on stderr.
 
     Args:
         resume_hint: how to resume, for commands that lose nothing when interrupted; the status is then `EXIT_STOPPED`.
             Without it the status is 128 plus the signal's number, as in a shell.
+        more: signals besides these three.
+        kept: without `resume_hint`, which results remain; the end of the line.
     """
 
     def decorate(command: Callable[..., int | None]) -> Callable[..., int]:
@@ -183,7 +185,10 @@ def stoppable(
             except KeyboardInterrupt as error:
                 number = _number_of(error)
                 name = signal.Signals(number).name
-                line = f"stopped by {name}; {resume_hint}" if resume_hint else f"interrupted by {name}"
+                if resume_hint:
+                    line = f"stopped by {name}; {resume_hint}"
+                else:
+                    line = f"interrupted by {name}" + (f"; {kept}" if kept else "")
                 log.debug("%s", line, exc_info=error)
                 print(line + following(error), file=sys.stderr)
                 return EXIT_STOPPED if resume_hint else 128 + number

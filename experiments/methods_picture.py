@@ -27,6 +27,7 @@ from cllm.evaluate.labels import place_labels
 from cllm.evaluate.outputs import png
 from cllm.evaluate.records import is_number
 from cllm.files import write_atomic
+from cllm.signals import stoppable
 from cllm.trust import parse_json
 
 _SIZES = {"ratio", "bits", "rank", "tokens", "group", "residual", "svd", "sinks"}
@@ -219,6 +220,7 @@ def parser() -> Parser:
 
 
 @one_line
+@stoppable()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options = parser().parse_args(arguments)

@@ -239,6 +239,8 @@ def test_an_error_in_place_of_the_exception_is_the_stop(
     assert capsys.readouterr().err == f"interrupted by {number.name}{end}\n"
     assert one_line(stoppable("run it again")(lambda: replace(number)))() == EXIT_STOPPED
     assert capsys.readouterr().err == f"stopped by {number.name}; run it again{end}\n"
+    assert one_line(stoppable(kept="a.json has all rows")(lambda: replace(number)))() == 128 + number
+    assert capsys.readouterr().err == f"interrupted by {number.name}; a.json has all rows{end}\n"
 
 
 @pytest.mark.usefixtures("_once")

@@ -28,11 +28,13 @@ from benchmarks.decode.benchmark import DecodeBenchmark
 from benchmarks.decode.designs import Design, Point, parse_design, parse_point, parse_points
 from benchmarks.decode.merge import merged
 from benchmarks.decode.results import Results
+from benchmarks.record import KEPT
 from benchmarks.timing import copy_bandwidth, free
 from cllm.config import Config
 from cllm.config.load import ConfigParser, config_parser
 from cllm.environment import clocks, environment
 from cllm.errors import UserError, one_line
+from cllm.signals import stoppable
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,6 +77,7 @@ def make_parser() -> ConfigParser:
 
 
 @one_line
+@stoppable(kept=KEPT)
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 if a measurement failed or was left out."""
     options, overrides = make_parser().parse_settings(argv)

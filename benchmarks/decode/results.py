@@ -13,6 +13,7 @@ import torch
 from benchmarks.decode.report import relate
 from benchmarks.record import Record, Row
 from benchmarks.timing import wait
+from cllm.signals import raise_if_stopped
 
 
 class Results(Record):
@@ -57,6 +58,7 @@ class Results(Record):
             row |= (measured := function())
             note = f", decoding checked: {measured['check']}" if "check" in measured else ""
         except Exception as failure:
+            raise_if_stopped(failure)
             row[error] = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
             note = f", failed: {row[error][:300]}"
         self._check_device()
@@ -72,4 +74,5 @@ class Results(Record):
         try:
             wait(self.device)
         except Exception as failure:
+            raise_if_stopped(failure)
             self.results["stopped"] = f"the device does not answer any more: {' '.join(str(failure).split())[:300]}"

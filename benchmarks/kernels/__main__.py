@@ -29,10 +29,12 @@ from benchmarks.kernels.latent import bench_latent, parse_shape
 from benchmarks.kernels.table import Table
 from benchmarks.kernels.tied import bench_tied
 from benchmarks.kernels.training import bench_attention, bench_fusion, bench_loss, bench_mlp, bench_norm
+from benchmarks.record import KEPT
 from benchmarks.timing import CUDA, copy_bandwidth, matmul_rate
 from cllm.arguments import Parser, number
 from cllm.environment import clocks, environment
 from cllm.errors import UserError, one_line
+from cllm.signals import stoppable
 
 BY_BYTES = {"joint": bench_joint, "fusion": bench_fusion, "norm": bench_norm, "tied": bench_tied}
 BY_FLOPS = {"attention": bench_attention, "mlp": bench_mlp, "loss": bench_loss}
@@ -40,6 +42,7 @@ KINDS = ("attention", "joint", "fusion", "mlp", "norm", "loss", "decode", "tied"
 
 
 @one_line
+@stoppable(kept=KEPT)
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = Parser(prog="python -m benchmarks.kernels", description=__doc__)

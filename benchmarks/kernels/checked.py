@@ -16,6 +16,7 @@ from benchmarks.record import Row
 from benchmarks.timing import replayed_ms
 from cllm.kernels.decode import Stored, Visible, decode_attention_reference
 from cllm.kernels.split_decode import AnyTiles
+from cllm.signals import raise_if_stopped
 
 LARGEST_ERROR = 2**-5
 """Of a head, relative to its largest number. Results are rounded to bf16; matrix products round keys too."""
@@ -64,6 +65,7 @@ class Checked:
                 raise ArithmeticError(f"error {row['error']:.1e}, more than {LARGEST_ERROR:.1e}")
             row["ms"] = replayed_ms([functools.partial(self.run, tiles, n) for n in range(len(self.sets))])
         except Exception as failure:
+            raise_if_stopped(failure)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             row["failed"] = " ".join(str(failure).split())[:150]

@@ -18,6 +18,7 @@ from cllm.kernels.decode import Stored, Visible, decode_attention, rotation_of
 from cllm.kernels.split_latent import LatentTiles
 from cllm.kernels.split_tied import TiedTiles
 from cllm.model.rope import rope_table
+from cllm.signals import raise_if_stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,7 @@ def _time(table: Table, case: Decode, name: str, calls: list[Callable[[], object
     try:
         ms = replayed_ms(calls)
     except Exception as error:
+        raise_if_stopped(error)
         torch.cuda.synchronize()
         print(f"decode    {case.name:<38}{name:<38} failed: {' '.join(str(error).split())[:90]}")
         return float("inf")

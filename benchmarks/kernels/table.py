@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.record import Record, Row
 from benchmarks.timing import BF16, time_ms
 from cllm.environment import clocks
+from cllm.signals import raise_if_stopped
 
 
 def rand(*shape: int, grad: bool = True) -> Tensor:
@@ -67,6 +68,7 @@ class Table(Record):
         try:
             ms = milliseconds()
         except Exception as error:
+            raise_if_stopped(error)
             print(f"{what:<10}{case:<34}{name:<26} failed: {' '.join(str(error).split())[:90]}")
             return
         row: Row = {"what": what, "case": case, "name": name, "ms": ms, "bound_ms": bound}

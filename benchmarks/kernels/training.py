@@ -24,6 +24,7 @@ from cllm.model.loss import by_chunks, by_liger
 from cllm.model.norm import RMSNorm
 from cllm.model.sources import FusedRead
 from cllm.plan.plan import Fuse
+from cllm.signals import raise_if_stopped
 
 
 def bench_attention(table: Table, flops: float) -> None:
@@ -143,6 +144,7 @@ def bench_norm(table: Table, copy: float) -> None:
             try:
                 from quack.rmsnorm import rmsnorm
             except Exception as error:
+                raise_if_stopped(error)
                 print(f"quack cannot be used: {' '.join(str(error).split())[:300]}")
                 continue
 

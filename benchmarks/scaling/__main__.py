@@ -251,7 +251,7 @@ def groups_of(options: argparse.Namespace) -> list[Group]:
 
 
 @one_line
-@stoppable()
+@stoppable(kept="with the same --out, the same command makes the runs that are left")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status: 1 if a run failed."""
     begun = time.monotonic()

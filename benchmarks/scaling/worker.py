@@ -8,11 +8,13 @@ from pathlib import Path
 
 from benchmarks.scaling.profile import KernelProfile
 from cllm.errors import one_line
+from cllm.signals import stoppable
 from cllm.train.run import train
 from cllm.uptrain.complete import load_config
 
 
 @one_line
+@stoppable()
 def main(file: str, profiled: str) -> None:
     """Train the config in `file` and profile the last `profiled` steps."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

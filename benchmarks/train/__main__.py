@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import Record
+from benchmarks.record import KEPT, Record
 from benchmarks.train.contender import Batches, Contender, on_device
 from benchmarks.train.designs import design, device_of, random_batches, with_documents
 from benchmarks.train.measure import measure, profile, warm_up
@@ -41,6 +41,7 @@ from cllm.config.designs import parse_plan
 from cllm.config.load import ConfigParser, config_parser
 from cllm.environment import clocks, environment
 from cllm.errors import UserError, one_line
+from cllm.signals import stoppable
 from cllm.train.float8 import check_float8
 from cllm.uptrain.complete import load_config
 
@@ -228,6 +229,7 @@ def check_one_by_one(options: argparse.Namespace) -> None:
 
 
 @one_line
+@stoppable(kept=KEPT)
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
     options, overrides = make_parser().parse_settings(argv)

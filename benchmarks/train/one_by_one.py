@@ -20,6 +20,7 @@ from benchmarks.train.report import rows_of
 from cllm.config import Config
 from cllm.environment import clocks
 from cllm.errors import UserError
+from cllm.signals import raise_if_stopped
 
 
 @dataclass
@@ -94,6 +95,7 @@ class OneByOne:
         except torch.OutOfMemoryError:
             self.record.results["out_of_memory"].append(name)
         except Exception as failure:
+            raise_if_stopped(failure)
             text = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
             self.record.results["failed"][name] = text
             print(f"failed: {name}: {text[:300]}", file=sys.stderr, flush=True)

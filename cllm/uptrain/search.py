@@ -36,6 +36,7 @@ from cllm.files import write_atomic
 from cllm.plan.describe import origin_text
 from cllm.plan.explicit import Explicit, plan_entries
 from cllm.plan.plan import Fuse, KVPlan, LayerPlan, Share
+from cllm.signals import stoppable
 from cllm.uptrain.calibrate import Batches, inputs_of, observe
 from cllm.uptrain.complete import load_config
 from cllm.uptrain.decoder import OWN_KV, TracedDecoder, build_traced, owner_of
@@ -259,6 +260,7 @@ def _best_sources(plan: KVPlan, i: int, read: Fuse, sums: Tensor, ridge: float) 
 
 
 @one_line
+@stoppable()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; see the module."""
     parser = config_parser(Config, __doc__ or "")

@@ -21,6 +21,7 @@ from cllm.config import Config
 from cllm.config.load import validate
 from cllm.errors import UserError, one_line
 from cllm.files import write_atomic
+from cllm.signals import raise_if_stopped, stoppable
 from cllm.uptrain.complete import complete
 from cllm.uptrain.start import calibration_batches, make_student, open_teacher
 from experiments.uptraining.students import data_module, validation_loss
@@ -45,6 +46,7 @@ def measure(configs: dict[str, Any], out: Path, device: torch.device) -> None:
                 config, teacher, partial(calibration_batches, config, module), device=device, resumed=False
             )
         except UserError as error:
+            raise_if_stopped(error)
             found["starts"][start] = {"refused": str(error)}
         else:
             seconds = time.perf_counter() - begin
@@ -54,6 +56,7 @@ def measure(configs: dict[str, Any], out: Path, device: torch.device) -> None:
 
 
 @one_line
+@stoppable("the same command goes on")
 def main() -> int:
     """Run the command line."""
     logging.basicConfig(format="%(message)s")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from benchmarks import small_steps
+from benchmarks.record import KEPT
 from cllm.config import Config
 
 
@@ -35,3 +38,22 @@ def test_a_step_is_timed_and_leaves_no_run(file: Path, tmp_path: Path, capsys: p
 def test_a_wrong_setting_is_named(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert small_steps.main([str(file), "--set", "train.micro_batches=4"]) == 2
     assert "micro_batches" in capsys.readouterr().err
+
+
+def test_a_signal_ends_it_in_one_line_and_earlier_rows_are_kept(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Training itself handles the signal: it stops after the step, before the timed steps have ended."""
+    second, out = file.with_name("second.yaml"), tmp_path / "out.json"
+    second.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    begin = small_steps.Timer.on_train_batch_start
+
+    def interrupt(self: small_steps.Timer, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if out.exists() and batch_idx == 2:
+            signal.raise_signal(signal.SIGTERM)
+        begin(self, trainer, module, batch, batch_idx)
+
+    monkeypatch.setattr(small_steps.Timer, "on_train_batch_start", interrupt)
+    assert small_steps.main([str(file), str(second), "--steps", "5", "--out", str(out)]) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted by SIGTERM; {KEPT}"
+    assert [row["config"] for row in json.loads(out.read_text())["rows"]] == ["small"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 
 import pytest
 
@@ -116,57 +117,75 @@ def rows_of(summary: Summary, rates: tuple[float, ...]) -> list[list[str]]:
     return found
 
 
-def test_the_table_of_rates() -> None:
-    study = load_study(RESULTS / "2026-11-29-study-rates-50m.yaml")
-    summary = summarise(study, read_results(RATES))
+@dataclass(frozen=True)
+class Rates:
+    """The search of rates after 50 M tokens: runs by design, rate and tokens."""
+
+    summary: Summary
+
+    def run(self, rate: float, tokens: float, design: str) -> Result:
+        point = (design, rate, tokens)
+        return next(r for r in self.summary.used if (r.variant.design, r.rate, r.content["tokens"]) == point)
+
+    def loss(self, rate: float, tokens: float, design: str) -> float:
+        return at(self.run(rate, tokens, design), tokens)
+
+    def better(self, tokens: float, design: str, than: float = 1.5e-3) -> str:
+        """How much lower the loss is at 7.5e-4."""
+        return f"{self.loss(than, tokens, design) - self.loss(7.5e-4, tokens, design):.3f}"
+
+
+@pytest.fixture(scope="module")
+def searched() -> Rates:
+    return Rates(summarise(load_study(RESULTS / "2026-11-29-study-rates-50m.yaml"), read_results(RATES)))
+
+
+def test_the_table_of_rates(searched: Rates) -> None:
+    summary = searched.summary
     assert {result.name for result in summary.used} == {file.stem for file in RATES.glob("*.json")}
     _, _, *rows = table("## Learning rates after 50 M tokens", "design")
     assert rows == rows_of(summary, (3.75e-4, 7.5e-4, 1.5e-3, 3e-3))
-    mla = summary.searches["mla"]
-    assert (mla.chosen, mla.at_edge) == ((7.5e-4,), False)
 
-    def run(rate: float, tokens: float, design: str = "mla") -> Result:
-        point = (design, rate, tokens)
-        return next(r for r in summary.used if (r.variant.design, r.rate, r.content["tokens"]) == point)
 
-    def better(tokens: float, than: float = 1.5e-3, design: str = "mla") -> str:
-        """How much lower the loss is at 7.5e-4."""
-        return f"{at(run(than, tokens, design), tokens) - at(run(7.5e-4, tokens, design), tokens):.3f}"
-
-    bigrams = {rate: f"{at(run(rate, 50e6), 50e6, 'val/ar_loss'):.2f}" for rate in (3.75e-4, 7.5e-4, 1.5e-3)}
-
-    said(
-        f"half of it is {better(25e6)} nats better after 25 M tokens and {better(50e6)} after 50 M.",
-        f"after 50 M tokens half of this rate is {better(50e6)} nats better",
-        f"A quarter of it is worse than half, by {better(50e6, than=3.75e-4)}",
-        f"is {bigrams[7.5e-4]} at 7.5e-4, and {bigrams[3.75e-4]} and {bigrams[1.5e-3]} at the other two",
-    )
-    gain = {label: better(25e6, design=label) for label in summary.searches}
+def test_the_best_rate_of_each_design(searched: Rates) -> None:
+    searches = searched.summary.searches
+    gain = {label: searched.better(25e6, label) for label in searches}
     assert {label for label, by in gain.items() if float(by) < 0} == {"fusedkv", "fusedkv_lite"}
-    rates = {
-        label: min(searched.rounds[0].losses, key=searched.rounds[0].losses.__getitem__)
-        for label, searched in summary.searches.items()
-    }
-    assert {label for label, rate in rates.items() if rate == 1.5e-3} == {"fusedkv", "fusedkv_lite"}
-    assert set(rates.values()) == {7.5e-4, 1.5e-3}, "the lowest rate tried"
+    first = {label: search.rounds[0].losses for label, search in searches.items()}
+    best = {label: min(losses, key=losses.__getitem__) for label, losses in first.items()}
+    assert {label for label, rate in best.items() if rate == 1.5e-3} == {"fusedkv", "fusedkv_lite"}
+    assert set(best.values()) == {7.5e-4, 1.5e-3}, "the lowest rate tried"
     better_ones = ", ".join(f"{gain[label]} ({label})" for label in ("gqa", "mha", "cla-2", "yoco"))
-    gaps = [at(run(rate, 25e6, "mha"), 25e6) - at(run(1.5e-3, 25e6, "fusedkv"), 25e6) for rate in (7.5e-4, 1.5e-3)]
+    fusedkv = searched.loss(1.5e-3, 25e6, "fusedkv")
+    gaps = [searched.loss(rate, 25e6, "mha") - fusedkv for rate in (7.5e-4, 1.5e-3)]
+    worse = [searched.loss(3e-3, 25e6, design) - searched.loss(1.5e-3, 25e6, design) for design in ("mha", "mla")]
     said(
         f"Half of it is {gain['fusedkv'][1:]} and {gain['fusedkv_lite'][1:]} nats worse for them",
         f"better for the others: by {better_ones} and {gain['mla']} (mla)",
         f"with the best rate of each it is {gaps[0]:.3f} nats after 25 M tokens, and {gaps[1]:.3f} with 1.5e-3",
+        f"from 1.5e-3 to 3e-3: {worse[0]:.3f} and {worse[1]:.3f} nats",
     )
-    answers(f"mla is {better(50e6)} nats better at half of")
     answers("for fusedkv and fusedkv_lite alone")
-    high, low = (text_loss_of(run(rate, 50e6)) for rate in (1.5e-3, 7.5e-4))
+
+
+def test_the_rate_of_mla(searched: Rates) -> None:
+    mla = searched.summary.searches["mla"]
+    assert (mla.chosen, mla.at_edge) == ((7.5e-4,), False)
+    early, late = (searched.better(tokens, "mla") for tokens in (25e6, 50e6))
+    runs = {rate: searched.run(rate, 50e6, "mla") for rate in (3.75e-4, 7.5e-4, 1.5e-3)}
+    bigrams = {rate: f"{at(run, 50e6, 'val/ar_loss'):.2f}" for rate, run in runs.items()}
+    high, low = (text_loss_of(runs[rate]) for rate in (1.5e-3, 7.5e-4))
     gap, part, others = gap_of_parts(high, low)
     assert high["tokens_scored"] == 1_000_000
     said(
+        f"half of it is {early} nats better after 25 M tokens and {late} after 50 M.",
+        f"after 50 M tokens half of this rate is {late} nats better",
+        f"A quarter of it is worse than half, by {searched.better(50e6, 'mla', than=3.75e-4)}",
+        f"is {bigrams[7.5e-4]} at 7.5e-4, and {bigrams[3.75e-4]} and {bigrams[1.5e-3]} at the other two",
         f"7.5e-4 is {gap:.3f} nats better than 1.5e-3, of which {part:.0f} % is on tokens that repeat a "
         f"bigram; the others are {others:.3f} better",
     )
-    worse = [at(run(3e-3, 25e6, d), 25e6) - at(run(1.5e-3, 25e6, d), 25e6) for d in ("mha", "mla")]
-    said(f"from 1.5e-3 to 3e-3: {worse[0]:.3f} and {worse[1]:.3f} nats")
+    answers(f"mla is {late} nats better at half of")
 
 
 def test_the_longest_session_of_rates() -> None:

@@ -20,9 +20,15 @@ SHAPES = ((2, (16,), 64), (4, (40, 64, 9), 200), (3, (1, 130), 1024), (16, (33,)
 
 
 def factors(rows: int, sizes: tuple[int, ...], width: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Random factors. The memory behind each of them is NaN."""
     draw = torch.Generator().manual_seed(width)
-    x = torch.randn(rows, width, generator=draw).to(dtype)
-    return x, [torch.randn(size, width, generator=draw).to(dtype) for size in sizes]
+
+    def normal(*shape: int) -> Tensor:
+        values = torch.randn(*shape, generator=draw).to(dtype)
+        memory = torch.full((values.numel() + width,), torch.nan, dtype=dtype)
+        return memory[: values.numel()].view(shape).copy_(values)
+
+    return normal(rows, width), [normal(size, width) for size in sizes]
 
 
 def test_the_interpreted_kernel_multiplies(run_interpreted):

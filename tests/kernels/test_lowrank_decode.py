@@ -566,7 +566,13 @@ def interpreted_choice() -> None:
     """Chunks chosen by many programs and by one, against `topk`, and with equal chunks against a stable sort."""
     generator = torch.Generator().manual_seed(2)
     many, one = Choosing(landmarks=32, ordered=64, taken=64), Choosing(ordered=512, taken=512)
-    cases = ((150, 3, 3, 40, 0, many), (77, 1, 0, 1, 50, many), (40, 2, 5, 35, 0, one), (40, 3, 2, 9, 0, "one program"))
+    cases = (
+        (150, 3, 3, 40, 0, many),
+        (77, 1, 0, 1, 50, many),
+        (40, 2, 5, 35, 0, one),
+        (40, 3, 2, 9, 0, "one program"),
+        (150, 3, 3, 75, 0, many),  # two searches that end at the upper one of two points
+    )
     for chunks, heads, outliers, count, first, how in cases:
         always = torch.rand(1, 2, chunks, generator=generator).argsort(-1)[..., :outliers]
         exact = torch.zeros(1, outliers * CHUNK, 2, 16)

@@ -3,7 +3,7 @@
 Importing the stack takes seconds, and what most of these commands then do takes a fraction of one. Here a server
 imports it once. `executable` is a program with Python's command line (`FILE ...`, `-m MODULE ...`, `-c CODE ...`) whose
 work is done in a fork of the server: with the output, working directory, environment and exit status of a usual
-process. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on. If the program is killed, its fork gets SIGTERM.
+process. SIGINT, SIGTERM, SIGHUP and SIGUSR1 are passed on. If the program is killed, so is its fork.
 
 Processes that a fork starts with `sys.executable` are forks, too. The fork's command line in /proc is that of the
 server. Tests that look for processes there need the usual Python.
@@ -97,7 +97,7 @@ def serve(folder: Path, modules: Sequence[str]) -> None:
             continue
         for connection in [one for one in running if one in ready]:
             numbers = connection.recv(16)
-            for number in numbers or [signal.SIGTERM]:
+            for number in numbers or [signal.SIGKILL]:
                 os.kill(running[connection], number)
             if not numbers:
                 left.add(running.pop(connection))

@@ -22,7 +22,7 @@ from cllm.evaluate.parallel.store import Report, Store, results_of, write_report
 from cllm.evaluate.suites.registry import choose
 from cllm.files import write_atomic
 from cllm.posthoc.registry import parse
-from cllm.workers import find_gpus
+from cllm.workers import Health, find_gpus
 
 REPO = Path(__file__).resolve().parents[2]
 TIMES = re.compile(r"seconds|time|share_of_prefill")
@@ -57,7 +57,9 @@ def elsewhere(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("warm_python")
-def test_two_processes_write_and_print_what_one_does(evaluate, make_run, capsys) -> None:
+def test_two_processes_write_and_print_what_one_does(evaluate, make_run, capsys, monkeypatch) -> None:
+    failures = list[bool]()
+    monkeypatch.setattr(Health, "ended", lambda self, place, *, failed: failures.append(failed))
     run = make_run("a")[0].path
     words = ["--run", run]
     words += ["--suite", "copying:distances=6|8,length=6,samples=3", "--suite", "copying:distances=7,samples=2"]
@@ -76,6 +78,7 @@ def test_two_processes_write_and_print_what_one_does(evaluate, make_run, capsys)
     assert parse("xkv:group=2,energy=0.9").chooses_for_batch, "so it is measured apart from the other specs"
     assert printed[0] == printed[1]
     assert events[0] == events[1] > 0
+    assert {*failures} == {False}, "no GPU would be given up"
     assert not list(Path("runs").glob("evaluation/.parts-*")), "nothing is left when all parts have ended"
 
 

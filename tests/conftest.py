@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 
 # With PYTHONDONTWRITEBYTECODE, as in many containers, every process rewrites the assertions of all tests: ten seconds.
+# pytest has no other switch for them, so later imports of this process are cached, too; processes of tests are not.
 sys.dont_write_bytecode = False
 
 # As a terminal starts commands. A background job ignores SIGINT, nohup ignores SIGHUP; what is ignored here is also

@@ -69,7 +69,7 @@ DECODE = (
 )  # fmt: skip
 LEFT_OUT = {
     "2026-11-29-study-rates-norm-1m-cpu": "models of 1 M parameters after 1 M tokens",
-    "2026-11-29-study-rates-50m-h200": "a search of learning rates that is not finished",
+    "2026-11-29-study-rates-50m-h200": "designs after 50 M tokens, all of which have 490 M",
     "2026-11-22-decode-1364m-peers-h200.json": "repeats steps of 2026-11-22-decode-1364m-h200.json",
     "2026-11-29-decode-latents-before-1364m-h200.json": "latents, with an older kernel",
     "2026-11-28-decode-kv-tie-1364m-h200.json": "repeats a step of 2026-11-28-decode-few-rows-1364m-h200.json",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cllm.study.results import Result
+from cllm.study.results import Result, read_results
 from cllm.study.summary import Row, Summary
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -42,6 +42,12 @@ def at(result: Result, tokens: float, tag: str = "val/loss") -> float:
 
 def row(summary: Summary, design: str) -> Row:
     return next(row for row in summary.rows if row.variant.design == design)
+
+
+def at_common_rate() -> Result:
+    """mla with seed 2 after 490 M tokens at the rate of the other designs."""
+    runs = {(r.variant.design, r.content["seed"], r.rate): r for r in read_results(FOLDER)}
+    return runs["mla", 2, 1.5e-3]
 
 
 def text_loss(row: Row) -> dict[str, Any]:

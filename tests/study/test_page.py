@@ -170,6 +170,13 @@ def test_the_sentences_about_mla(summary: Summary) -> None:
         f"and {end}. Of these {lost:.3f} nats {part:.0f} % are on the {share}, less than",
         f"where it is {lost:.3f} better",
     )
+    copied = [copying(row(summary, "mla"), f"xkv:group=4,ratio={ratio}")[0]["accuracy"] for ratio in (4, 8)]
+    own = copying(row(summary, "mla"))[0]["accuracy"]
+    assert copied[0] / own == pytest.approx(1 / 5, abs=0.05), "four fifths"
+    said(
+        f"four fifths of the copying ({own:.1f} to {copied[0]:.1f} %), at 8x 3.1 % and all of it ({copied[1]:.1f} %)",
+        text=(DOCS / "posthoc.md").read_text(encoding="utf-8"),
+    )
     said(f"mla ends {end}, at half of it beside mha", text=(DOCS / "study.md").read_text(encoding="utf-8"))
     assert gap == pytest.approx(lost, abs=5e-3), "the whole text has it too"
 

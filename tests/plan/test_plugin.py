@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.warm import warm_executable
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = Path(__file__).with_name("plugin") / "cllm_mix.py"
@@ -31,6 +34,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: cllm-mix\nVersion: 1\n", encoding="utf-8")
     (metadata / "entry_points.txt").write_text("[cllm.plans]\nmix = cllm_mix:Mix\n", encoding="utf-8")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(site)]), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def libraries() -> Iterator[Path]:
+    """A Python whose processes start with libraries imported, but not cllm, which looks for plug-ins once."""
+    with warm_executable(("lightning", "transformers", "tensorboard", "hypothesis", "pytest")) as file:
+        yield file
 
 
 COMMANDS = """
@@ -53,11 +63,11 @@ json.dump(ends, sys.stdout)
 End = tuple[int, str, str, bool]
 
 
-def run(environment: dict[str, str], *commands: list[Any]) -> list[End]:
+def run(environment: dict[str, str], *commands: list[Any], python: str | Path = sys.executable) -> list[End]:
     """(status, output, errors, whether torch was imported by then) of commands that one new process runs in turn."""
     words = json.dumps([[str(word) for word in command] for command in commands])
     done = subprocess.run(
-        [sys.executable, "-c", COMMANDS],
+        [python, "-c", COMMANDS],
         cwd=ROOT,
         env=environment,
         input=words,
@@ -102,7 +112,9 @@ print(model.config.design, type(reads[0]).__name__)
 """
 
 
-def test_a_plug_in_is_trained_resumed_evaluated_exported_compressed_and_started_from(installed, config: Path):
+def test_a_plug_in_is_trained_resumed_evaluated_exported_compressed_and_started_from(
+    installed, libraries: Path, config: Path
+):
     folder, out, mha = (config.parent / name for name in ("runs/mix", "exported", "runs/mha"))
     specs = [w for spec in ("none", "xkv:group=2,ratio=2") for w in ("--posthoc", spec)]
     start = ["train.py", "--config", mha / "config.yaml", "--init.from", mha, "--model.kv.preset", "mixed_half"]
@@ -116,6 +128,7 @@ def test_a_plug_in_is_trained_resumed_evaluated_exported_compressed_and_started_
         ["train.py", "--config", config, "--name", "mha", "--model.kv.preset", "mha"],
         [*start, "--name", "copied", "--init.method", "copy"],
         [*start, "--name", "fitted", "--init.method", "fit"],
+        python=libraries,
     )
     assert [status for status, *_ in ends] == [0, 0, 0, 0, 0, 0, 0, 2], ends
     assert "2-3    -           mix 0 + 1  mix 1 + 0  all" in ends[0][1]
@@ -123,14 +136,14 @@ def test_a_plug_in_is_trained_resumed_evaluated_exported_compressed_and_started_
     assert "rank: 2" in (folder / "config.yaml").read_text(encoding="utf-8")
     assert "xkv" in ends[3][1]
     assert "layer 2 reads its keys by mix, which least squares cannot fit; allowed: copy, mean, aligned" in ends[7][2]
-    words = [sys.executable, "-c", GENERATE, str(out)]
+    words = [libraries, "-c", GENERATE, str(out)]
     done = subprocess.run(words, env=installed, capture_output=True, text=True, timeout=300)
     assert done.stdout == "layers MixRead\n", done.stderr
 
 
-def test_a_plug_in_passes_the_property_tests(installed):
+def test_a_plug_in_passes_the_property_tests(installed, libraries: Path):
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/plan/test_random_plans.py"]
-    command = [sys.executable, *words, "--hypothesis-show-statistics"]
+    command = [libraries, *words, "--hypothesis-show-statistics"]
     done = subprocess.run(command, cwd=ROOT, env=installed, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout
     for event in ("accepted, reads by Mix", "accepted, owns Single"):

@@ -31,12 +31,12 @@ to rebuild keys."""
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize("capability", DEVICES)
-def test_kernels_compile_and_fit(capability: int) -> None:
+def test_kernels_compile_and_fit(capability: int, warm_executable: Path) -> None:
     version = ".".join(importlib.metadata.version("triton").split(".")[:2])
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, __file__, str(capability)], env=environment, capture_output=True, text=True, timeout=600
+        [warm_executable, __file__, str(capability)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]

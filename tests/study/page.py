@@ -50,6 +50,12 @@ def at_common_rate() -> Result:
     return runs["mla", 2, 1.5e-3]
 
 
+def second_training() -> dict[str, Any]:
+    """mha with seed 3 after 490 M tokens, trained again."""
+    found: dict[str, Any] = json.loads((RESULTS / "2026-11-28-mha-490m-again-h200.json").read_text(encoding="utf-8"))
+    return found
+
+
 def text_loss(row: Row) -> dict[str, Any]:
     """The record of the losses on validation text."""
     return text_loss_of(row.first)

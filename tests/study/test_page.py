@@ -31,6 +31,7 @@ from tests.study.page import (
     repeats,
     row,
     said,
+    second_training,
     table,
     text_loss_of,
     to_mha,
@@ -120,7 +121,7 @@ def test_the_sentences(summary: Summary) -> None:
         f"those of fusedkv_lite {lite[0]}, {lite[1]} and {lite[2]}",
         f"fusedkv is {close[0]}, {close[1]} and {close[2]} below fusedkv_lite with the same seed",
     )
-    again = json.loads((RESULTS / "2026-11-28-mha-490m-again-h200.json").read_text(encoding="utf-8"))
+    again = second_training()
     assert (again["design"], again["seed"], again["code"]) == ("mha", 3, rows["mha"].results[2].content["code"])
     said(f"{again['loss']:.3f} instead of {loss['mha'][3]:.3f}")
     for name in ("fusedkv", "fusedkv_lite", "mla", "gqa", "yoco"):
@@ -173,8 +174,12 @@ def test_the_sentences_about_mla(summary: Summary) -> None:
     copied = [copying(row(summary, "mla"), f"xkv:group=4,ratio={ratio}")[0]["accuracy"] for ratio in (4, 8)]
     own = copying(row(summary, "mla"))[0]["accuracy"]
     assert copied[0] / own == pytest.approx(1 / 5, abs=0.05), "four fifths"
+    prefix = {r["spec"]: r["perplexity"] for r in mla[1].content["evaluations"] if r.get("prefix") == 3072}
+    cost = [100 * (prefix[f"xkv:group=4,ratio={ratio}"] / prefix["none"] - 1) for ratio in (4, 8)]
     said(
-        f"four fifths of the copying ({own:.1f} to {copied[0]:.1f} %), at 8x 3.1 % and all of it ({copied[1]:.1f} %)",
+        f"Its loss is {common.loss - mha[1].loss:.2f} above mha's, because [its rate was too high]",
+        f"from {prefix['none']:.2f}, xKV at 4x costs {cost[0]:.1f} % of perplexity and four fifths of the copying "
+        f"({own:.1f} to {copied[0]:.1f} %), at 8x {cost[1]:.1f} % and all of it ({copied[1]:.1f} %)",
         text=(DOCS / "posthoc.md").read_text(encoding="utf-8"),
     )
     said(f"mla ends {end}, at half of it beside mha", text=(DOCS / "study.md").read_text(encoding="utf-8"))

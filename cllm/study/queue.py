@@ -114,9 +114,15 @@ class Queue:
         result = self.result(point)
         if result is None:
             return "train"
-        if point.search or self.evaluated is None or result.loss is None or result.evaluated == self.evaluated:
+        if not self.lacks_evaluations(point, result):
             return None
         return "evaluate" if self.layout.run(point).newest_checkpoint() is not None else None
+
+    def lacks_evaluations(self, point: Point, result: Result) -> bool:
+        """Whether a result lacks evaluations by this code, which need a checkpoint."""
+        if point.search or self.evaluated is None or result.loss is None:
+            return False
+        return result.evaluated != self.evaluated
 
     def left(self) -> list[tuple[Point, Work]]:
         """The work that is left, by priority; that on runs which are trained already comes first."""

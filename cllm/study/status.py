@@ -63,6 +63,9 @@ def _line(queue: Queue, point: Point, estimates: Estimates) -> Line:
     layout, result, work = queue.layout, queue.result(point), queue.work(point)
     if result is not None:
         loss = "diverged" if result.loss is None else f"loss {result.loss:.4f}"
+        if work is None and queue.lacks_evaluations(point, result):
+            why = "not evaluated to the end" if result.evaluated is None else "evaluated by other code"
+            loss += f"; {why}, and its checkpoint is gone"
         state = "done" if work is None else ("evaluating" if is_held(layout.lock(point)) else "to be evaluated")
         return Line(point.short_name, state, loss, 0.0 if work is None else estimates.evaluation)
     config = queue.grid.config(point, layout.runs)

@@ -254,6 +254,24 @@ def test_results_of_other_versions_and_settings_are_not_used(finished: Path, cha
     assert text.count("other settings, commit ") == 8
 
 
+def test_the_status_names_evaluations_that_are_missing_without_a_checkpoint(
+    finished: Path, chaos: ModuleType, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "results", tmp_path / "results")
+    study, layout = chaos.study_of(finished / "base.yaml"), Layout.at(tmp_path)
+
+    def written(evaluation: str) -> str:
+        queue = Queue(Grid(study, code_version()), layout, evaluation=evaluation)
+        assert queue.left() == []
+        return status(queue, Estimates(1000.0), 1)
+
+    long = [result for result in read_results(layout.results) if not result.content["search"]]
+    assert "checkpoint" not in written("e")
+    assert written("other").count("; evaluated by other code, and its checkpoint is gone") == len(long) > 1
+    long[0].file.write_text(json.dumps({**long[0].content, "evaluated": None}))
+    assert written("e").count("; not evaluated to the end, and its checkpoint is gone") == 1
+
+
 def test_a_version_is_that_of_code_and_not_of_comments(tmp_path: Path) -> None:
     texts = ['"""A."""\nx = 1  # one\n', '"""B."""\n\nx = 1\n', "x = 2\n"]
     hashes = []

@@ -57,7 +57,7 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(plan, documents, checkpointing, id="-".join(names))
 
 
-@pytest.mark.parametrize(("plan", "documents", "checkpointing"), cases())
+@pytest.mark.parametrize(("plan", "documents", "checkpointing"), list(cases()))
 def test_blocks_are_whole_and_compiled_once(plan: Path, documents: bool, checkpointing: bool) -> None:
     settings = [word for key, value in SHAPE.items() for word in (f"--model.{key}", str(value))]
     files = [CONFIGS / "bench" / "374m.yaml", plan]

@@ -77,7 +77,7 @@ def test_no_shared_head_of_values_has_less_error_on_the_text(make_teacher, new_s
 
     def error(order: list[int], after: list[Tensor]) -> float:
         gaps = [(before[h] - a).square().sum() for h, a in zip(order, after, strict=True)]
-        return float(sum(gaps) / sum(b.square().sum() for b in before))
+        return torch.stack(gaps).sum().item() / sum(b.square().sum().item() for b in before)
 
     orders = [[a, b, c, d] for a, b, c, d in ([0, 1, 2, 3], [0, 2, 1, 3], [2, 1, 0, 3], [0, 3, 2, 1], [3, 1, 2, 0])]
     order = min(orders, key=lambda order: error(order, after))

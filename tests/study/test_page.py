@@ -173,7 +173,8 @@ def test_the_sentences_about_mla(summary: Summary) -> None:
         f"both seeds are below mha's, by {above[0][1]:.3f} and {above[1][1]:.3f}",
         f"has {at(mla[0], 98e6):.3f} and {at(mla[1], 98e6):.3f} after 98 M tokens",
         f"its seed 2 ends at {common.loss:.3f}, which is {lost:.3f} above the same seed at half of that rate",
-        f"and {end}. On the whole validation text it is {gap:.3f}, of which {part:.0f} % is on the {share}, less than",
+        f"and {end}. On the whole validation text the first of these is {gap:.3f}, "
+        f"of which {part:.0f} % is on the {share}, less than",
         f"where it is {lost:.3f} better",
     )
     interval = row(summary, "mla").difference.pairs.interval

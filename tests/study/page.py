@@ -17,13 +17,19 @@ FOLDER = RESULTS / "2026-11-27-study-490m-h200"
 EQUAL_BYTES = RESULTS / "2026-11-28-study-equal-bytes-h200"
 """Those of `studies/equal_bytes`."""
 TEXT = (DOCS / "study_results.md").read_text(encoding="utf-8")
+STUDY = (DOCS / "study.md").read_text(encoding="utf-8")
+README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
 
 
 def table(heading: str, first: str) -> list[list[str]]:
     """The cells of the table below a heading whose head begins with `first`."""
     text = TEXT.split(f"\n{heading}\n")[1]
-    lines = text[text.index(f"| {first} |") :].split("\n\n")[0].splitlines()
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return cells_of(text[text.index(f"| {first} |") :].split("\n\n")[0])
+
+
+def cells_of(text: str) -> list[list[str]]:
+    """The cells of the tables in a text, row by row, with those of the heads and the lines below them."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
 
 
 def flat(text: str) -> str:
@@ -48,12 +54,6 @@ def at_common_rate() -> Result:
     """mla with seed 2 after 490 M tokens at the rate of the other designs."""
     runs = {(r.variant.design, r.content["seed"], r.rate): r for r in read_results(FOLDER)}
     return runs["mla", 2, 1.5e-3]
-
-
-def second_training() -> dict[str, Any]:
-    """mha with seed 3 after 490 M tokens, trained again."""
-    found: dict[str, Any] = json.loads((RESULTS / "2026-11-28-mha-490m-again-h200.json").read_text(encoding="utf-8"))
-    return found
 
 
 def text_loss(row: Row) -> dict[str, Any]:

@@ -17,11 +17,13 @@ from cllm.study.results import read_results
 from cllm.study.statistics import t_quantile
 from cllm.study.summary import Summary
 from tests.study.page import (
-    DOCS,
     FOLDER,
+    README,
     RESULTS,
+    STUDY,
     at,
     at_common_rate,
+    cells_of,
     copying,
     copying_in,
     crossing_of,
@@ -29,7 +31,6 @@ from tests.study.page import (
     repeats,
     row,
     said,
-    second_training,
     table,
     text_loss_of,
     to_mha,
@@ -119,7 +120,7 @@ def test_the_sentences(summary: Summary) -> None:
         f"those of fusedkv_lite {lite[0]}, {lite[1]} and {lite[2]}",
         f"fusedkv is {close[0]}, {close[1]} and {close[2]} below fusedkv_lite with the same seed",
     )
-    again = second_training()
+    again = json.loads((RESULTS / "2026-11-28-mha-490m-again-h200.json").read_text(encoding="utf-8"))
     assert (again["design"], again["seed"], again["code"]) == ("mha", 3, rows["mha"].results[2].content["code"])
     curve = again["validation"]
     apart = [
@@ -181,7 +182,7 @@ def test_the_sentences_about_mla(summary: Summary) -> None:
     assert [round(abs(end), 2) for end in interval] == [0.05, 0.05], "it may be 0.05 better or worse"
     said(
         f"mla ends {end}, and at half of it no difference is found",
-        text=(DOCS / "study.md").read_text(encoding="utf-8"),
+        text=STUDY,
     )
 
 
@@ -207,9 +208,8 @@ def test_intervals_with_a_pooled_standard_deviation(summary: Summary) -> None:
 
 
 def test_the_table_beside_other_models(summary: Summary) -> None:
-    report = beside(summary, FOLDER)[1].split("\n\n")[0].splitlines()
-    cells = [[cell.strip().replace("–", "") for cell in line.split("|")[1:-1]] for line in report]
-    head, _, *rows = cells
+    report = beside(summary, FOLDER)[1].split("\n\n")[0]
+    head, _, *rows = cells_of(report.replace("–", ""))
     columns = ["bytes/token", "perplexity", "copying distance=512, accuracy %", "ruler, accuracy %", "piqa, norm %"]
     spec = head.index("compressed")
     expected = {(line[0], line[spec]): [line[head.index(name)] for name in columns] for line in rows}
@@ -239,12 +239,12 @@ def test_the_table_beside_other_models(summary: Summary) -> None:
     cost = 100 * (after["xkv:group=4,ratio=4"] / after["none"] - 1)
     said(
         f"xKV at 4x costs fusedkv {cost:.1f} % of perplexity, and {lost('fusedkv', four)} of its copying from 512",
-        text=(DOCS / "study.md").read_text(encoding="utf-8"),
+        text=STUDY,
     )
 
 
 def test_the_short_form(summary: Summary) -> None:
-    text = (DOCS / "study.md").read_text(encoding="utf-8").split("\n## Answers so far\n")[1].split("\n## ")[0]
+    text = STUDY.split("\n## Answers so far\n")[1].split("\n## ")[0]
     differences = {found.label: found.difference for found in summary.rows if found.difference is not None}
     verdicts = {name: difference.verdict for name, difference in differences.items()}
     better = ["fusedkv", "fusedkv_lite", "cla-2"]
@@ -287,15 +287,12 @@ def test_copying_differs_between_trainings_of_mha(summary: Summary) -> None:
     for file in ("2026-11-28-methods-45m-h200.json", "2026-11-28-methods-45m-again-h200.json"):
         shares.append(share([record for record in records(file) if str(record["run"]).startswith("mha-")]))
     said(f"depends on the training: {shares[1]:.1f} and {shares[2]:.1f} % in two with seed 3")
-    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    said(f"mha copied {shares[0]:.0f}, {shares[1]:.0f} and {shares[2]:.0f} % in three", text=readme)
+    said(f"mha copied {shares[0]:.0f}, {shares[1]:.0f} and {shares[2]:.0f} % in three", text=README)
 
 
 def test_the_readme_has_the_same_table(summary: Summary) -> None:
-    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    lines = text.split("## An answer")[1].split("| trained |")[1].split("\n\n")[0].splitlines()[2:]
-    every = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    rows = {cells[0].partition(":")[0]: cells for cells in every}
+    text = README.split("## An answer")[1].split("\n\n| trained |")[1].split("\n\n")[0]
+    rows = {cells[0].partition(":")[0]: cells for cells in cells_of(text)[1:]}
     assert rows.keys() == {found.label for found in summary.rows}
     for found in summary.rows:
         _, cache, seeds, loss, difference, copied = rows[found.label]

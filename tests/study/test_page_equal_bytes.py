@@ -8,8 +8,8 @@ import math
 from cllm.study.results import read_results
 from cllm.study.summary import Row, Summary
 from tests.study.page import (
-    DOCS,
     EQUAL_BYTES,
+    README,
     RESULTS,
     at,
     at_common_rate,
@@ -168,7 +168,7 @@ def test_the_sentence_of_the_readme(both: Summary) -> None:
     assert best[0] == best[1] == ["fusedkv", "fusedkv_lite", "fusedkv_rich", "svformer"]
     rows = [found for share in ("half", "quarter") for found in at_share(both, share)[:4]]
     least = min(row(both, "mha").loss.mean - found.loss.mean for found in rows)
-    readme = flat((DOCS.parent / "README.md").read_text(encoding="utf-8"))
+    readme = flat(README)
     assert f"They are at least {least:.3f} nats below mha after 100 M tokens." in readme
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import io
-import itertools
-import re
-import shlex
+import subprocess
 
 import pytest
 
 from cllm.commands.compare import main
-from tests.study.page import DOCS, flat, said
+from tests.study.page import DOCS, cells_of, said
 
 PAGE = (DOCS / "posthoc.md").read_text(encoding="utf-8")
 SECTION = PAGE.split("\n### After 490 M tokens\n")[1].split("\n### ")[0]
@@ -24,29 +21,20 @@ OTHER_TEXT = "yoco"
 Table = dict[tuple[str, str], list[str]]
 
 
-def files(pattern: str) -> list[str]:
-    """The results of a pattern with alternatives in braces, as bash expands it."""
-    parts = [part.split(",") for part in re.split(r"[{}]", pattern)]
-    patterns = ["".join(words) for words in itertools.product(*parts)]
-    return [file for one in patterns for file in sorted(glob.glob(one, root_dir=DOCS.parent))]
-
-
-def rows_of(text: str) -> tuple[list[str], list[list[str]]]:
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return cells[0], cells[2:]
-
-
 @pytest.fixture(scope="module")
 def printed() -> Table:
-    command = flat(SECTION.split("```bash\n")[1].split("```")[0].replace("\\\n", " "))
-    words = [file for word in shlex.split(command)[2:] for file in (files(word) if "*" in word else [word])]
+    command = SECTION.split("```bash\n")[1].split("```")[0]
+    bash = ["bash", "-c", f"printf '%s\\n' {command}"]  # it expands the patterns
+    program, name, *words = subprocess.run(
+        bash, cwd=DOCS.parent, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert (program, name) == ("cllm", "compare")
     with contextlib.chdir(DOCS.parent), contextlib.redirect_stdout(io.StringIO()) as output:
         assert main(words) == 0
-    head, rows = rows_of(output.getvalue())
+    head, _, *rows = cells_of(output.getvalue())
     found: Table = {}
     for cells in rows:
-        of = dict(zip(head, cells, strict=False))
+        of = dict(zip(head, cells, strict=True))
         name, spec = NAMES.get(of["trained"], of["trained"]), of["compressed"]
         loss = cells[head.index("perplexity") + 1] if spec else of["perplexity"]
         found[name, spec] = [of["mha / x"], loss, *(of[score] for score in SCORES)]
@@ -54,7 +42,7 @@ def printed() -> Table:
 
 
 def test_the_table(printed: Table) -> None:
-    _, rows = rows_of(SECTION)
+    _, _, *rows = cells_of(SECTION)
     for name, spec, share, loss, *scores in rows:
         expected = ["" if cell == "–" else cell for cell in printed[name, spec]]
         if name == OTHER_TEXT:

@@ -13,12 +13,14 @@ from cllm.study.summary import Summary, summarise
 from tests.study.page import (
     DOCS,
     FOLDER,
+    README,
     RESULTS,
+    STUDY,
     at,
     busy,
+    cells_of,
     copied,
     crossing_of,
-    flat,
     gap_of_parts,
     repeats,
     row,
@@ -42,8 +44,8 @@ def larger() -> Summary:
 
 def answers(sentence: str) -> None:
     """The short forms of both pages say it too."""
-    for page in ("docs/study.md", "README.md"):
-        assert sentence in flat((DOCS.parent / page).read_text(encoding="utf-8")), page
+    for text in (STUDY, README):
+        said(sentence, text=text)
 
 
 def test_the_table_of_110m(larger: Summary) -> None:
@@ -98,7 +100,7 @@ def test_the_gap_of_110m_beside_that_of_47m(larger: Summary, both: Summary, summ
         pairs = zip(row(summary, "mha").results, row(summary, design).results, strict=True)
         below.append(statistics.mean(at(mha, 245e6) - at(found, 245e6) for mha, found in pairs))
     said(f"There fusedkv and fusedkv_lite are {below[0]:.3f} and {below[1]:.3f} below mha after as many tokens")
-    said(f"At 47 M fusedkv is {below[0]:.3f} below it", text=(DOCS / "study.md").read_text(encoding="utf-8"))
+    said(f"At 47 M fusedkv is {below[0]:.3f} below it", text=STUDY)
     sizes = [found.first.content["summary"]["parameters"] for found in (row(both, "mha"), row(larger, "mha"))]
     said(f"for each parameter, {100e6 / sizes[0]:.1f} there and {250e6 / sizes[1]:.1f} here")
 
@@ -231,9 +233,8 @@ def test_rates_with_and_without_a_norm_on_keys() -> None:
     summary = summarise(study, read_results(folder))
     assert {result.name for result in summary.used} == {file.stem for file in folder.glob("*.json")}
     log = (DOCS / "log" / "designs.md").read_text(encoding="utf-8")
-    lines = log.split("## 2026-11-29, two CPU cores: rates")[1].split("| design |")[1].split("\n\n")[0].splitlines()[2:]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    assert cells == rows_of(summary, (1.5e-3, 3e-3, 6e-3, 1.2e-2))
+    text = log.split("## 2026-11-29, two CPU cores: rates")[1].split("\n\n| design |")[1].split("\n\n")[0]
+    assert cells_of(text)[1:] == rows_of(summary, (1.5e-3, 3e-3, 6e-3, 1.2e-2))
     assert {(found.chosen, found.at_edge) for found in summary.searches.values()} == {((6e-3,), False)}
     first = {label: found.rounds[0].losses for label, found in summary.searches.items()}
     above = {label: f"{(losses[1.2e-2] or 0) - (losses[6e-3] or 0):.3f}" for label, losses in first.items()}

@@ -440,7 +440,7 @@ sys.exit(main(sys.argv[2:]))
             "cllm.train.launch",
             "train --config quickstart",
             EXIT_STOPPED,
-            "stopped by SIGTERM; --resume auto goes on from the newest checkpoint, or starts again if there is none",
+            "stopped by SIGTERM; --resume auto goes on from the newest checkpoint; without one it begins at step 0",
         ),
     ],
     ids=lambda value: "" if "\n" in str(value) else None,

@@ -62,7 +62,7 @@ def make_parser(program: str) -> ConfigParser:
 
 
 @one_line
-@stoppable("--resume auto goes on from the newest checkpoint, or starts again if there is none", signal.SIGUSR1)
+@stoppable("--resume auto goes on from the newest checkpoint; without one it begins at step 0", signal.SIGUSR1)
 def main(argv: list[str] | None = None, *, program: str = "cllm train") -> int:
     """Run the command line; returns its exit status: 3 for a run that was stopped and can be resumed."""
     arguments, overrides = make_parser(program).parse_settings(argv)

@@ -119,7 +119,7 @@ class Queue:
         return "evaluate" if self.layout.run(point).newest_checkpoint() is not None else None
 
     def lacks_evaluations(self, point: Point, result: Result) -> bool:
-        """Whether a result lacks evaluations by this code, which need a checkpoint."""
+        """Whether a result lacks the study's evaluations by this code; they need a checkpoint of the run."""
         if point.search or self.evaluated is None or result.loss is None:
             return False
         return result.evaluated != self.evaluated

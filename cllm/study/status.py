@@ -64,7 +64,7 @@ def _line(queue: Queue, point: Point, estimates: Estimates) -> Line:
     if result is not None:
         loss = "diverged" if result.loss is None else f"loss {result.loss:.4f}"
         if work is None and queue.lacks_evaluations(point, result):
-            why = "not evaluated to the end" if result.evaluated is None else "evaluated by other code"
+            why = "not evaluated to the end" if result.evaluated is None else "evaluated by other code or suites"
             loss += f"; {why}, and its checkpoint is gone"
         state = "done" if work is None else ("evaluating" if is_held(layout.lock(point)) else "to be evaluated")
         return Line(point.short_name, state, loss, 0.0 if work is None else estimates.evaluation)

@@ -70,6 +70,7 @@ DECODE = (
 LEFT_OUT = {
     "2026-11-29-study-rates-norm-1m-cpu": "models of 1 M parameters after 1 M tokens",
     "2026-11-29-study-rates-50m-h200": "designs after 50 M tokens, all of which have 490 M",
+    "2026-11-30-study-rates-swiftkv-h200": "a design after 50 M tokens, which has 490 M",
     "2026-11-22-decode-1364m-peers-h200.json": "repeats steps of 2026-11-22-decode-1364m-h200.json",
     "2026-11-29-decode-latents-before-1364m-h200.json": "latents, with an older kernel",
     "2026-11-28-decode-kv-tie-1364m-h200.json": "repeats a step of 2026-11-28-decode-few-rows-1364m-h200.json",

@@ -31,7 +31,7 @@ def finished(chaos: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def summary() -> Summary:
-    """The summary of seven designs after 490 M tokens, in docs/results."""
+    """The summary of the designs after 490 M tokens, in docs/results."""
     return summarise(load_study(RESULTS / "2026-11-27-study-490m.yaml"), read_results(FOLDER))
 
 

@@ -13,7 +13,7 @@ from cllm.study.summary import Row, Summary
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RESULTS = DOCS / "results"
 FOLDER = RESULTS / "2026-11-27-study-490m-h200"
-"""The results of seven designs after 490 M tokens."""
+"""The results of the designs after 490 M tokens."""
 EQUAL_BYTES = RESULTS / "2026-11-28-study-equal-bytes-h200"
 """Those of `studies/equal_bytes`."""
 TEXT = (DOCS / "study_results.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cllm.study.beside import beside
-from cllm.study.results import read_results
+from cllm.study.results import Result, read_results
 from cllm.study.statistics import t_quantile
 from cllm.study.summary import Summary
 from tests.study.page import (
@@ -43,7 +43,7 @@ def test_no_result_is_left_out(summary: Summary) -> None:
 
 
 def test_the_table_of_designs(summary: Summary) -> None:
-    head, _, *rows = table("## Seven designs, 490 M tokens", "design")
+    head, _, *rows = table("## Designs after 490 M tokens", "design")
     assert len(rows) == len(summary.rows)
     for cells, found in zip(rows, summary.rows, strict=True):
         numbers = dict(zip(head, cells, strict=True))
@@ -69,7 +69,7 @@ def test_the_table_of_designs(summary: Summary) -> None:
 
 
 def test_the_table_of_losses_in_training(summary: Summary) -> None:
-    head, _, *rows = table("## Seven designs, 490 M tokens", "tokens")
+    head, _, *rows = table("## Designs after 490 M tokens", "tokens")
     assert [cells[0] for cells in rows] == ["49 M", "98 M", "245 M", "490 M"]
     for tokens, *cells in rows:
         for design, cell in zip(head[1:], cells, strict=True):
@@ -89,7 +89,7 @@ def test_the_first_points() -> None:
 
 
 def test_the_sentences(summary: Summary) -> None:
-    rows = {name: row(summary, name) for name in ("mha", "fusedkv", "fusedkv_lite", "cla-2", "gqa", "mla", "yoco")}
+    rows = {found.label: found for found in summary.rows}
     loss = {name: {r.content["seed"]: r.loss or math.nan for r in found.results} for name, found in rows.items()}
 
     def below(design: str, tokens: float) -> str:
@@ -99,7 +99,8 @@ def test_the_sentences(summary: Summary) -> None:
         return f"{sum(losses[0][seed] - losses[1][seed] for seed in common) / len(common):.2f}"
 
     gaps = [f"{loss['mha'][seed] - loss['fusedkv'][seed]:.3f}" for seed in (1, 2, 3)]
-    crossing = "{:.1f} to {:.1f} G".format(*crossing_of(rows["cla-2"]))
+    crossing = "{:.1f} to {:.1f} G tokens".format(*crossing_of(rows["cla-2"]))
+    swiftkv = "{:.2f} to {:.2f} G".format(*crossing_of(rows["swiftkv"]))
     mha = loss["mha"]
     apart = [f"{loss['mha'][seed] - loss['mha'][1]:.3f}" for seed in (2, 3)]
     said(
@@ -107,7 +108,7 @@ def test_the_sentences(summary: Summary) -> None:
         f"for fusedkv from {below('fusedkv', 49e6)} to {below('fusedkv', 490e6)} nats",
         f"for cla-2 from {below('cla-2', 49e6)} to {below('cla-2', 490e6)}",
         f"and for yoco from {below('yoco', 49e6)} to {below('yoco', 490e6)}",
-        f"The fitted curves cross for cla-2 at {crossing}",
+        f"The fitted curves cross for cla-2 at {crossing} and for swiftkv at {swiftkv} (90 % intervals,",
         f"two seeds of mha by {apart[0]} to {apart[1]}.",
         f"{mha[1] - loss['gqa'][1]:.3f} below it with seed 1, {loss['gqa'][2] - mha[2]:.3f} and "
         f"{loss['gqa'][3] - mha[3]:.3f} above with seeds 2 and 3.",
@@ -129,7 +130,7 @@ def test_the_sentences(summary: Summary) -> None:
         if tokens > 98e6
     ]
     said(f"{again['loss']:.3f} instead of {loss['mha'][3]:.3f}, and up to {max(apart):.3f} apart on the way")
-    for name in ("fusedkv", "fusedkv_lite", "mla", "gqa", "yoco"):
+    for name in rows.keys() - {"mha", "cla-2", "swiftkv"}:
         assert rows[name].crossing is not None
         assert rows[name].crossing.tokens is None
     assert all(max(loss["yoco"][seed], loss["cla-2"][seed]) < mha[seed] for seed in (1, 2, 3))
@@ -156,7 +157,8 @@ def test_the_sentences(summary: Summary) -> None:
     said(f"gqa's seed 2 copies {second['accuracy']:.1f} ± {second['accuracy_stderr']:.1f} %")
     said(
         f"fusedkv copies {copied['fusedkv']} of random tokens, fusedkv_lite {copied['fusedkv_lite']}, "
-        f"mla {copied['mla']}, yoco {copied['yoco']}, mha {copied['mha']}, cla-2 and gqa {copied['cla-2']}"
+        f"swiftkv {copied['swiftkv']}, mla {copied['mla']}, yoco {copied['yoco']}, mha {copied['mha']}, "
+        f"cla-2 and gqa {copied['cla-2']}"
     )
     assert copied["gqa"] == copied["cla-2"]
 
@@ -186,6 +188,50 @@ def test_the_sentences_about_mla(summary: Summary) -> None:
     )
 
 
+def test_the_sentences_about_swiftkv(summary: Summary) -> None:
+    swiftkv, mha, gqa = (row(summary, name).results[:2] for name in ("swiftkv", "mha", "gqa"))
+    assert [[result.content["seed"] for result in of] for of in (swiftkv, mha, gqa)] == [[1, 2]] * 3
+    assert {result.rate for result in swiftkv} == {gqa[0].rate / 2} == {mha[0].rate / 2}
+    sizes = [of[0].content["summary"] for of in (swiftkv, gqa)]
+    assert sizes[0]["kv_bytes_per_token"] == sizes[1]["kv_bytes_per_token"], "as many KV heads"
+
+    def below(others: Sequence[Result], tokens: float = 490e6) -> list[float]:
+        return [at(other, tokens) - at(own, tokens) for own, other in zip(swiftkv, others, strict=True)]
+
+    gaps, early, wider = below(mha), below(mha, 245e6), below(gqa)
+    again = json.loads((RESULTS / "2026-11-28-mha-490m-again-h200.json").read_text(encoding="utf-8"))
+    repeated = round(abs(again["loss"] - row(summary, "mha").results[2].loss), 3)
+    reach = t_quantile(0.975, 1) * repeated / math.sqrt(2)
+    pooled, freedom = pooled_deviation(summary)
+    narrow = t_quantile(0.975, freedom) * pooled / math.sqrt(2)
+    assert narrow < statistics.mean(gaps) < reach
+    said(
+        f"it is {gaps[0]:.3f} and {gaps[1]:.3f} below mha with the same seed. "
+        f"These differ by {gaps[0] - gaps[1]:.4f}. With {repeated:.3f} as their standard deviation",
+        f"the interval of two seeds would reach {reach:.3f} to either side",
+        f"pooled below it would reach {narrow:.3f}, and exclude 0",
+        f"is {wider[0]:.3f} and {wider[1]:.3f} below it with the same seed, at half of its rate: not distinguishable",
+        f"swiftkv was {early[0]:.3f} and {early[1]:.3f} below mha at 245 M",
+    )
+    assert t_quantile(0.975, 1) * statistics.stdev(wider) / math.sqrt(2) > statistics.mean(wider)
+    copied = [f"{copying(row(summary, name))[-1]['accuracy']:.0f} %" for name in ("swiftkv", "gqa")]
+    said(f"It copies {copied[0]} of random tokens, and gqa {copied[1]}.")
+
+
+def pooled_deviation(summary: Summary) -> tuple[float, int]:
+    """The standard deviation of differences to mha over the designs with three seeds, and its degrees of freedom."""
+    every = differences_of_three(summary)
+    return math.sqrt(statistics.mean(map(statistics.variance, every))), 2 * len(every)
+
+
+def differences_of_three(summary: Summary) -> list[list[float]]:
+    """The differences to mha of the designs with three seeds."""
+    return [
+        [a.loss - b.loss for a, b in zip(row(summary, name).results, row(summary, "mha").results, strict=True)]
+        for name in ("cla-2", "fusedkv", "fusedkv_lite", "gqa", "yoco")
+    ]
+
+
 def test_training_compute(summary: Summary) -> None:
     flops = {found.label: found.first.content["summary"]["training_flops_per_token"] for found in summary.rows}
     share = {label: 100 * (value / flops["mha"] - 1) for label, value in flops.items()}
@@ -196,12 +242,9 @@ def test_training_compute(summary: Summary) -> None:
 
 
 def test_intervals_with_a_pooled_standard_deviation(summary: Summary) -> None:
-    differences = [
-        [a.loss - b.loss for a, b in zip(row(summary, name).results, row(summary, "mha").results, strict=True)]
-        for name in ("cla-2", "fusedkv", "fusedkv_lite", "gqa", "yoco")
-    ]
-    pooled = math.sqrt(statistics.mean(map(statistics.variance, differences)))
-    half = t_quantile(0.975, 2 * len(differences)) * pooled / math.sqrt(3)
+    differences = differences_of_three(summary)
+    pooled, freedom = pooled_deviation(summary)
+    half = t_quantile(0.975, freedom) * pooled / math.sqrt(3)
     said(f"with three seeds, is {pooled:.3f}, and intervals with it reach {half:.3f} to either side")
     excluding = [abs(statistics.mean(of)) > half for of in differences]
     assert excluding == [True, True, True, False, True], "cla-2's and yoco's would both exclude 0"
@@ -230,7 +273,8 @@ def test_the_table_beside_other_models(summary: Summary) -> None:
     most = f"costs at most {max(costs):.2f} % of perplexity"
     said(
         f"xKV at 4x {most}, but",
-        f"fusedkv loses {lost('fusedkv', four)} of its copying and fusedkv_lite {lost('fusedkv_lite', four)}.**",
+        f"fusedkv loses {lost('fusedkv', four)} of its copying, swiftkv {lost('swiftkv', four)} and "
+        f"fusedkv_lite {lost('fusedkv_lite', four)}.**",
         f"mla, which copies less, loses {lost('mla', four)}; SmolLM2",
         f"loses {lost('smollm2', '`xkv:group=5,ratio=4`')}. Its students",
     )
@@ -247,7 +291,7 @@ def test_the_short_form(summary: Summary) -> None:
     text = STUDY.split("\n## Answers so far\n")[1].split("\n## ")[0]
     differences = {found.label: found.difference for found in summary.rows if found.difference is not None}
     verdicts = {name: difference.verdict for name, difference in differences.items()}
-    better = ["fusedkv", "fusedkv_lite", "cla-2"]
+    better = ["fusedkv", "fusedkv_lite", "swiftkv", "cla-2"]
     even = dict.fromkeys(("yoco", "gqa", "mla"), "not distinguishable")
     assert verdicts == {**dict.fromkeys(better, "better"), **even}
     numbers = []
@@ -264,7 +308,8 @@ def test_the_short_form(summary: Summary) -> None:
     said(
         "fusedkv by {} nats (95 % interval {} to {}, {} seeds)".format(*numbers[0]),
         "fusedkv_lite by {} ({} to {}, {} seeds)".format(*numbers[1]),
-        "cla-2 by {} ({} to {}, {} seeds)".format(*numbers[2]),
+        "swiftkv by {} ({} to {}, {} seeds)".format(*numbers[2]),
+        "cla-2 by {} ({} to {}, {} seeds)".format(*numbers[3]),
         f"falls from {gaps[0]} nats at 49 M tokens to {gaps[1]} at 490 M",
         text=text,
     )
@@ -312,13 +357,16 @@ def test_the_readme_has_the_same_table(summary: Summary) -> None:
 
 def test_speeds(summary: Summary) -> None:
     speeds = {found.label: [result.tokens_per_s or 0.0 for result in found.results] for found in summary.rows}
-    slow, yoco, gqa, cla = (speeds.pop(name) for name in ("mla", "yoco", "gqa", "cla-2"))
+    mla, swiftkv, yoco, gqa, cla = (speeds.pop(name) for name in ("mla", "swiftkv", "yoco", "gqa", "cla-2"))
     later = [*gqa[:2], cla[2], yoco[1]]
     every = [speed for values in speeds.values() for speed in values] + [gqa[2], *cla[:2], yoco[0]]
     assert 615e3 < min(every) < max(every) < 645e3
     assert yoco[2] < min(every), "seed 3 shared its GPU"
-    fast = [f"{round(speed / 1e3)},000" for speed in (min(later), max(later), *slow)]
-    said(f"had {fast[0]} to {fast[1]} tokens/s, mla {fast[2]} and {fast[3]}, the others 620,000 to 640,000")
+    fast = [f"{round(speed / 1e3)},000" for speed in (min(later), max(later), *mla, *swiftkv)]
+    said(
+        f"had {fast[0]} to {fast[1]} tokens/s, mla {fast[2]} and {fast[3]}, swiftkv {fast[4]} and {fast[5]}, "
+        "the others 620,000 to 640,000"
+    )
 
 
 def records(file: str) -> Sequence[dict[str, Any]]:

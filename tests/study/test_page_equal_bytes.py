@@ -91,7 +91,7 @@ def test_the_table_of_a_quarter_of_the_cache(both: Summary) -> None:
         name, kv = name_of(found), found.first.content["summary"]["kv_vs_mha"]
         assert kv["resident"] == (1.0 if name == "mha" else 0.25)
         losses, short = long(both, found), searched(both, found.variant.design)
-        assert found.loss.mean == losses[1.5e-3] == min(losses.values())
+        assert found.loss.mean == min(losses.values())
         rates = [*written(short, RATES), *written(losses, RATES)]
         against = "" if name in ("mha", "xmla") else f"{found.loss.mean - halves[name].loss.mean:+.3f}"
         cells = [to_mha(found), against, f"{learned(found) / 1e6:.0f} M", copied(found)]
@@ -105,9 +105,9 @@ def test_the_two_rates_of_a_quarter_of_the_cache(both: Summary) -> None:
     short = {name: searched(both, found.variant.design) for name, found in rows.items()}
     preferred = {name for name, losses in short.items() if losses[3e-3] < losses[1.5e-3]}
     trained = {name for name, found in rows.items() if 3e-3 in long(both, found)}
-    assert trained == {"fusedkv", "fusedkv_lite", "fusedkv_rich"}
-    assert preferred - trained == {"svformer", "kv_tie"}
-    worse = {name: long(both, rows[name])[3e-3] - rows[name].loss.mean for name in trained}
+    assert trained == preferred == {"fusedkv", "fusedkv_lite", "fusedkv_rich", "svformer", "kv_tie"}
+    losses = {name: long(both, rows[name]) for name in trained}
+    worse = {name: of[3e-3] - of[1.5e-3] for name, of in losses.items()}
     copies = {}
     for result in both.used:
         name, _, share = result.variant.design.partition("-")
@@ -117,8 +117,9 @@ def test_the_two_rates_of_a_quarter_of_the_cache(both: Summary) -> None:
     said(
         "preferred 3e-3 for five designs, for fusedkv by "
         f"{short['fusedkv'][1.5e-3] - short['fusedkv'][3e-3]:.3f} nats.",
-        f"{worse['fusedkv']:.3f} worse for fusedkv, {worse['fusedkv_lite']:.3f} for fusedkv_lite and "
-        f"{worse['fusedkv_rich']:.3f} for fusedkv_rich,",
+        f"{worse['fusedkv']:.3f} worse for fusedkv, {worse['fusedkv_lite']:.3f} for fusedkv_lite, "
+        f"{worse['fusedkv_rich']:.3f} for fusedkv_rich and {worse['svformer']:.3f} for svformer, "
+        f"and {-worse['kv_tie']:.3f} better for kv_tie",
         f"{copies['fusedkv']}, {copies['fusedkv_lite']} and {copies['fusedkv_rich']} % of random tokens",
     )
 
@@ -158,7 +159,7 @@ def test_the_sentences_about_a_quarter_of_the_cache(both: Summary) -> None:
     speed = {name: found.first.tokens_per_s or 0.0 for name, found in rows.items() if name != "mha"}
     ced = speed.pop("ced")
     said(
-        f"At a quarter, on another machine: {round(min(speed.values()) / 1e3)},000 to "
+        f"At a quarter, on other machines: {round(min(speed.values()) / 1e3)},000 to "
         f"{round(max(speed.values()) / 1e3)},000, and ced {round(ced / 1e3)},000"
     )
 
@@ -199,7 +200,7 @@ def test_the_sentences_about_half_of_the_cache(both: Summary, summary: Summary) 
     mla = at_common_rate().loss - row(summary, "mha").results[1].loss
     said(
         f"fusedkv was {-gap('fusedkv', 50e6):.3f} below mha at 50 M",
-        f"after [490 M tokens](#seven-designs-490-m-tokens) it is {-later:.3f} below",
+        f"after [490 M tokens](#designs-after-490-m-tokens) it is {-later:.3f} below",
         f"at this rate it was still {mla:.3f} above mha after 490 M tokens",
     )
     for name, sentence in {
@@ -264,17 +265,20 @@ def test_speeds_and_busy_devices_of_the_study_of_equal_bytes(both: Summary) -> N
         f"{named['mha']} and {named['yoco']}, where the search had {round(alone['mha'] / 1e3)},000 and "
         f"{round(alone['yoco-half'] / 1e3)},000 at 1.5e-3",
     )
-    sessions = sessions_of(EQUAL_BYTES)
+    *sessions, last = sessions_of(EQUAL_BYTES)
     assert len(sessions) == 10
     assert all(len(session["devices"]) == 1 for session in sessions)
 
     (every, share), (waiting, share_waiting) = busy(sessions), busy(sessions, "queued_")
     each = [f"{busy([session])[1]:.0f}" for session in sessions]
     minutes = [round(session["seconds"] / 60) for session in sessions]
+    shares = [100 * device["busy"] / last["seconds"] for device in last["devices"]]
     said(
         f"busy for {share:.0f} %** of {every:,.0f} s of ten sessions on one GPU each",
         f"for {share_waiting:.0f} % of the {waiting:,.0f} s with four or more runs waiting",
         f"In the two longest sessions, of {minutes[6]} and {minutes[7]} minutes, it was {each[6]} and {each[7]} %.",
         f"In two of {minutes[4]} and {minutes[5]} minutes it was {each[4]} and {each[5]} %:",
         f"In the last two, of {minutes[8]} and {minutes[9]} minutes, it was {each[8]} and {each[9]} %;",
+        f"In an eleventh session, of {last['seconds'] / 60:.0f} minutes with one run on each of two GPUs, "
+        f"they were busy for {shares[0]:.0f} and {shares[1]:.0f} %.",
     )

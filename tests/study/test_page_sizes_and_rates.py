@@ -35,6 +35,7 @@ from tests.study.page import (
 
 SIZE = RESULTS / "2026-11-29-study-110m-h200"
 RATES = RESULTS / "2026-11-29-study-rates-50m-h200"
+SWIFTKV = RESULTS / "2026-11-30-study-rates-swiftkv-h200"
 
 
 @pytest.fixture(scope="module")
@@ -146,11 +147,31 @@ def searched() -> Rates:
     return Rates(summarise(load_study(RESULTS / "2026-11-29-study-rates-50m.yaml"), read_results(RATES)))
 
 
-def test_the_table_of_rates(searched: Rates) -> None:
-    summary = searched.summary
-    assert {result.name for result in summary.used} == {file.stem for file in RATES.glob("*.json")}
+@pytest.fixture(scope="module")
+def swiftkv() -> Rates:
+    return Rates(summarise(load_study(RESULTS / "2026-11-30-study-rates-swiftkv.yaml"), read_results(SWIFTKV)))
+
+
+def test_the_table_of_rates(searched: Rates, swiftkv: Rates) -> None:
+    expected = []
+    for of, folder in ((searched.summary, RATES), (swiftkv.summary, SWIFTKV)):
+        assert {result.name for result in of.used} == {file.stem for file in folder.glob("*.json")}
+        expected += rows_of(of, (3.75e-4, 7.5e-4, 1.5e-3, 3e-3))
     _, _, *rows = table("## Learning rates after 50 M tokens", "design")
-    assert rows == rows_of(summary, (3.75e-4, 7.5e-4, 1.5e-3, 3e-3))
+    assert rows == expected
+
+
+def test_the_rate_of_swiftkv(swiftkv: Rates, summary: Summary) -> None:
+    search = swiftkv.summary.searches["swiftkv"]
+    assert (search.chosen, search.at_edge) == ((7.5e-4,), True), "a quarter of 1.5e-3 was not tried"
+    long = row(summary, "swiftkv").results
+    assert {result.rate for result in long} == {*search.chosen}
+    assert {result.code for result in long} == {result.code for result in swiftkv.summary.used}
+    seeds = [at(result, 49e6) for result in long]
+    said(
+        f"half of 1.5e-3 is {swiftkv.better(50e6, 'swiftkv')} better. "
+        f"Its two seeds are {max(seeds) - min(seeds):.3f} apart at this age"
+    )
 
 
 def test_the_better_rate_of_each_design(searched: Rates, summary: Summary) -> None:
@@ -179,14 +200,15 @@ def test_the_better_rate_of_each_design(searched: Rates, summary: Summary) -> No
     answers("the better of two after 50 M tokens, or (yoco) not distinguishable from half of it")
 
 
-def test_what_a_search_of_25m_tokens_would_have_found(searched: Rates) -> None:
-    gain = {label: searched.better(25e6, label) for label in searched.summary.searches}
-    five = ("gqa", "mha", "cla-2", "yoco", "mla")
-    assert {label for label, by in gain.items() if float(by) > 0} == {*five}
-    by = ", ".join(f"{gain[label]} ({label})" for label in five[:-1])
-    said(f"better for five designs: by {by} and {gain['mla']} (mla)")
-    changed = [label for label in five if float(searched.better(50e6, label)) < 0]
-    assert changed == ["gqa", "mha", "cla-2"], "three of these five had changed sides"
+def test_what_a_search_of_25m_tokens_would_have_found(searched: Rates, swiftkv: Rates) -> None:
+    of = {**dict.fromkeys(searched.summary.searches, searched), "swiftkv": swiftkv}
+    gain = {label: rates.better(25e6, label) for label, rates in of.items()}
+    six = ("gqa", "mha", "cla-2", "swiftkv", "yoco", "mla")
+    assert {label for label, by in gain.items() if float(by) > 0} == {*six}
+    by = ", ".join(f"{gain[label]} ({label})" for label in six[:-1])
+    said(f"better for six designs: by {by} and {gain['mla']} (mla)")
+    changed = [label for label in six if float(of[label].better(50e6, label)) < 0]
+    assert changed == ["gqa", "mha", "cla-2"], "three of these six had changed sides"
     late = searched.loss(1.5e-3, 50e6, "mha") - searched.loss(1.5e-3, 50e6, "fusedkv")
     early = searched.loss(7.5e-4, 25e6, "mha") - searched.loss(1.5e-3, 25e6, "fusedkv")
     said(

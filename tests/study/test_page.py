@@ -211,7 +211,7 @@ def test_the_sentences_about_swiftkv(summary: Summary) -> None:
         f"the interval of two seeds would reach {reach:.3f} to either side",
         f"pooled below it would reach {narrow:.3f}, and exclude 0",
         f"is {wider[0]:.3f} and {wider[1]:.3f} below it with the same seed, at half of its rate: not distinguishable",
-        f"swiftkv was {early[0]:.3f} and {early[1]:.3f} below mha at 245 M",
+        f"swiftkv was {early[0]:.3f} and {early[1]:.3f} below mha at 245 M:",
     )
     assert t_quantile(0.975, 1) * statistics.stdev(wider) / math.sqrt(2) > statistics.mean(wider)
     copied = [f"{copying(row(summary, name))[-1]['accuracy']:.0f} %" for name in ("swiftkv", "gqa")]

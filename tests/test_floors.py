@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cllm"
 FLOORS = [
     {
         *("errors", "faults", "signals", "processes", "lock", "files", "rows", "yaml_text", "arguments", "trust"),
-        *("counts", "key_values", "plugins", "progress", "version", "workers"),
+        *("counts", "key_values", "plugins", "progress", "statistics", "version", "workers"),
     },
     {"section", "environment", "tables"},
     {"plan"},

@@ -10,7 +10,6 @@ import csv
 import dataclasses
 import functools
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from cllm.planner.keys import (
 )
 from cllm.planner.table import DecodeStep, LossChange, Table, read_table
 from cllm.posthoc import UNCOMPRESSED
+from cllm.statistics import Mean
 from cllm.trust import parse_json
 
 TRAINED = "as trained"
@@ -170,9 +170,10 @@ def _against_mha(points: Iterable[_Point]) -> Iterator[LossChange]:
     for seeds in designs.values():
         pairs = [(point, exact[seed]) for seed, point in seeds.items() if seed in exact]
         changes = [point.loss - base.loss for point, base in pairs]
-        error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
         if pairs:
-            yield LossChange(**pairs[0][0].about, loss_change=statistics.fmean(changes), standard_error=error)
+            mean = Mean.of(changes)
+            seeds = None if mean.error is None else mean.n
+            yield LossChange(**pairs[0][0].about, loss_change=mean.mean, standard_error=mean.error, seeds=seeds)
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,6 @@ from cllm.planner.gpus import GPUS
 from cllm.planner.table import DecodeStep, LossChange, Table
 from cllm.section import Section
 
-_ERRORS = 2.0
-"""Standard errors on either side that a range covers."""
 _EQUAL_RATIOS = 0.1
 """Measurements of one compression belong together if their ratios differ by at most this share."""
 
@@ -21,7 +19,7 @@ class Estimate(Section):
 
     value: float
     low: float | None
-    """Least value over all measurements, 2 standard errors included; None with one measurement without seeds."""
+    """Least end of the 95 % confidence intervals of all measurements; None with one measurement of one seed."""
     high: float | None
     measurements: list[LossChange]
     """Those of the design or compression; the first one gave `value`."""
@@ -34,8 +32,8 @@ def estimate(found: Sequence[LossChange]) -> Estimate | None:
         return None
     ordered = [m for m in found if _have_equal_bytes(m, found[0])]
     alone = len(ordered) == 1 and ordered[0].standard_error is None
-    low = None if alone else min(m.loss_change - _ERRORS * (m.standard_error or 0) for m in ordered)
-    high = None if alone else max(m.loss_change + _ERRORS * (m.standard_error or 0) for m in ordered)
+    low = None if alone else min(m.loss_change - m.reach for m in ordered)
+    high = None if alone else max(m.loss_change + m.reach for m in ordered)
     return Estimate(value=ordered[0].loss_change, low=low, high=high, measurements=ordered)
 
 

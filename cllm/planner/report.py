@@ -166,8 +166,8 @@ def _loss_notes(found: Sequence[Candidate], shown: Sequence[Candidate], model: M
     lines = [
         f"loss: measured change against {reference_name(found)} without compression, nats a token, of the models "
         f"above; {MISSING}: none.",
-        "range: of all measurements of this design and compression on such models, with 2 standard errors where there "
-        f"are several seeds; {MISSING}: one measurement, so its uncertainty is not known.",
+        "range: of all measurements of this design and compression on such models, with the 95 % confidence interval "
+        f"of those with several seeds; {MISSING}: one measurement of one seed, so its uncertainty is not known.",
     ]
     if any(c.spec is not None for c in shown):
         lines.append(

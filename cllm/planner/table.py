@@ -4,8 +4,8 @@ A table is a JSON file:
 
     {"format": 1,
      "losses": [{"kv": {"preset": "cla"}, "query_heads_per_kv_head": 1, "spec": null, "loss_change": -0.03,
-                 "standard_error": null, "ratio": null, "parameters": 47000000, "tokens": 490000000, "context": 4096,
-                 "text": "validation 592c6512044d", "base_model": null,
+                 "standard_error": null, "seeds": null, "ratio": null, "parameters": 47000000, "tokens": 490000000,
+                 "context": 4096, "text": "validation 592c6512044d", "base_model": null,
                  "n_layers": 12, "n_heads": 8, "head_dim": 64, "source": "study.json"}],
      "decode": [{"kv": {"preset": "mha"}, "query_heads_per_kv_head": 1, "gpu": "NVIDIA H200", "bytes_read": 28e9,
                  "step_s": 0.0074, "parameters": 1.3e9, "source": "decode.json"}]}
@@ -23,6 +23,7 @@ from cllm.errors import UserError
 from cllm.plan.plan import MAX_LAYERS
 from cllm.planner.keys import Size, plan_key
 from cllm.section import MAX_HEADS, MAX_WIDTH, Section
+from cllm.statistics import Mean
 from cllm.trust import parse_json
 
 SHIPPED = Path(__file__).with_name("measured.json")
@@ -57,6 +58,8 @@ class LossChange(_Measured):
     loss_change: float = Field(allow_inf_nan=False)
     standard_error: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Standard error of `loss_change`, from several seeds; None: not measured."""
+    seeds: int | None = Field(None, ge=2)
+    """How many seeds `standard_error` is from; None: not known."""
     ratio: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Bytes of the uncompressed cache over those of the compressed one, both with 16-bit numbers."""
     tokens: float | None = Field(None, gt=0)
@@ -67,6 +70,16 @@ class LossChange(_Measured):
     """The text that was scored; None: not known."""
     base_model: str | None = Field(None, min_length=1)
     """The model that was compressed, such as one of Hugging Face; None: one that its training tokens describe."""
+
+    @property
+    def reach(self) -> float:
+        """Half of the 95 % confidence interval of `loss_change`, by Student's t; 2 standard errors if the number of
+        seeds is not known, 0 without a standard error."""
+        if self.standard_error is None:
+            return 0.0
+        if self.seeds is None:
+            return 2 * self.standard_error
+        return Mean(self.seeds, self.loss_change, self.standard_error).reach or 0.0
 
     @property
     def text_name(self) -> str:

@@ -17,7 +17,6 @@ runner.py      the loop that keeps all GPUs busy
 utilisation.py  how busy the GPUs were
 status.py      the table of points, and the plan of a dry run
 slurm.py       the script of a SLURM array
-statistics.py  means, standard errors, paired differences with intervals
 curves.py      learning curves, fitted, and where two cross
 summary.py     the results of one version as rows of designs
 overview.py    its table of designs by cache bytes: parameters, loss, scores

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cllm.evaluate.labels import place_labels
 from cllm.evaluate.outputs import new_figure, scale_bytes
-from cllm.study.statistics import Mean
+from cllm.statistics import Mean
 from cllm.study.summary import Row, Score, Summary
 
 if TYPE_CHECKING:

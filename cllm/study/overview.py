@@ -10,7 +10,7 @@ from cllm.counts import count_text
 from cllm.evaluate.score_choice import suite_of
 from cllm.evaluate.suites.registry import suites
 from cllm.evaluate.tasks.suite import ALL, AS_IS, TaskSuite
-from cllm.study.statistics import Mean
+from cllm.statistics import Mean
 from cllm.study.summary import Row, Summary, evaluated_records
 from cllm.tables import Column, markdown
 

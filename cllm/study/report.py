@@ -20,6 +20,7 @@ from cllm.evaluate.outputs import png
 from cllm.evaluate.suites.registry import suites
 from cllm.evaluate.tasks.suite import TaskSuite
 from cllm.files import RESULTS, mark_new, write_atomic
+from cllm.statistics import Mean
 from cllm.study import events, figures
 from cllm.study.beside import beside
 from cllm.study.busy import busy_lines, busy_shares, read_sessions
@@ -28,7 +29,6 @@ from cllm.study.left_out import diverged, not_used
 from cllm.study.overview import overview
 from cllm.study.results import SUITE, Result, read_folder
 from cllm.study.schema import Study
-from cllm.study.statistics import Mean
 from cllm.study.status import duration
 from cllm.study.summary import Row, Summary, summarise
 from cllm.tables import Column, markdown

@@ -17,13 +17,13 @@ from cllm.errors import UserError
 from cllm.evaluate.score_choice import suite_of
 from cllm.evaluate.suites.registry import suites
 from cllm.evaluate.tasks.suite import ALL, TaskSuite
+from cllm.statistics import Difference, Mean, paired
 from cllm.study.busy import BusyShare
 from cllm.study.curves import Crossing, Fit, crossing, fit_curve
 from cllm.study.points import Grid, Point, Variant
 from cllm.study.rates import Search, search
 from cllm.study.results import Result
 from cllm.study.schema import Study
-from cllm.study.statistics import Difference, Mean, paired
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

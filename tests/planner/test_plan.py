@@ -151,7 +151,8 @@ def test_a_study_and_a_sweep_as_losses(tmp_path):
         point("cla", CLA, seed, 4.0, 1, search=True)  # of the search for rates: not a change that the study compares
     (found,) = read_losses(tmp_path).losses
     assert found.loss_change == pytest.approx(-0.15)
-    assert found.standard_error == pytest.approx(0.05)
+    assert (found.standard_error, found.seeds) == (pytest.approx(0.05), 2)
+    assert found.reach == pytest.approx(12.706 * 0.05, rel=1e-4), "as the study's own interval of two seeds"
     sweep = tmp_path / "posthoc.csv"
     head = "run,design,spec,ratio_to_own,ratio_to_mha,perplexity\n"
     sweep.write_text(head + "a,gqa,as trained,1,4,20\na,gqa,kivi,3,12,22\n")

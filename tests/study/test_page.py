@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from cllm.statistics import t_quantile
 from cllm.study.beside import beside
 from cllm.study.results import Result, read_results
-from cllm.study.statistics import t_quantile
 from cllm.study.summary import Summary
 from tests.study.page import (
     FOLDER,
@@ -45,10 +45,14 @@ def test_no_result_is_left_out(summary: Summary) -> None:
 def test_the_table_of_designs(summary: Summary) -> None:
     head, _, *rows = table("## Designs after 490 M tokens", "design")
     assert len(rows) == len(summary.rows)
+    two = [found.label for found in summary.rows if len(found.results) == 2]
+    said(f"and do papers say the same? | 3, {two[0]} and {two[1]} 2 |")
     for cells, found in zip(rows, summary.rows, strict=True):
         numbers = dict(zip(head, cells, strict=True))
         kv = found.first.content["summary"]["kv_vs_mha"]
-        assert numbers["design"].partition(",")[0] == found.label
+        label, _, rate = numbers["design"].partition(", rate ")
+        assert label.partition(",")[0] == found.label
+        assert found.first.rate == float(rate or 1.5e-3)
         assert [float(numbers["cache × mha"]), float(numbers["read × mha"])] == pytest.approx(
             [kv["resident"], kv["read"]], abs=5e-4
         )
@@ -129,7 +133,10 @@ def test_the_sentences(summary: Summary) -> None:
         for tokens, value in zip(curve["tokens"], curve["val/loss"], strict=True)
         if tokens > 98e6
     ]
-    said(f"{again['loss']:.3f} instead of {loss['mha'][3]:.3f}, and up to {max(apart):.3f} apart on the way")
+    said(
+        f"{again['loss']:.3f} instead of {loss['mha'][3]:.3f}, and up to {max(apart):.3f} apart on the way",
+        f"[the same point differed by {loss['mha'][3] - again['loss']:.3f}]",
+    )
     for name in rows.keys() - {"mha", "cla-2", "swiftkv"}:
         assert rows[name].crossing is not None
         assert rows[name].crossing.tokens is None

@@ -18,13 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from cllm.errors import UserError
 from cllm.evaluate.suites.choice import parse_choice
 from cllm.evaluate.suites.registry import suites
+from cllm.statistics import Mean, paired, t_quantile
 from cllm.study.curves import crossing, fit_curve
 from cllm.study.figures import curves_figure, scores_figure
 from cllm.study.layout import Layout
 from cllm.study.points import Variant
 from cllm.study.report import report_data, report_text, write_report
 from cllm.study.results import point_name, read_results, with_evaluations
-from cllm.study.statistics import Mean, paired, t_quantile
 from cllm.study.summary import Score, Summary, summarise
 
 # ---- statistics

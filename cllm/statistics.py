@@ -26,12 +26,14 @@ class Mean:
         return cls(len(values), statistics.fmean(values), error)
 
     @property
+    def reach(self) -> float | None:
+        """Half of the 95 % confidence interval of the mean, by Student's t; None for one value."""
+        return None if self.error is None else t_quantile(0.5 + CONFIDENCE / 2, self.n - 1) * self.error
+
+    @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % confidence interval of the mean by Student's t; None for one value."""
-        if self.error is None:
-            return None
-        half = t_quantile(0.5 + CONFIDENCE / 2, self.n - 1) * self.error
-        return self.mean - half, self.mean + half
+        """The 95 % confidence interval of the mean, by Student's t; None for one value."""
+        return None if (reach := self.reach) is None else (self.mean - reach, self.mean + reach)
 
 
 @dataclass(frozen=True, slots=True)

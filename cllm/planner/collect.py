@@ -172,8 +172,8 @@ def _against_mha(points: Iterable[_Point]) -> Iterator[LossChange]:
         changes = [point.loss - base.loss for point, base in pairs]
         if pairs:
             mean = Mean.of(changes)
-            seeds = None if mean.error is None else mean.n
-            yield LossChange(**pairs[0][0].about, loss_change=mean.mean, standard_error=mean.error, seeds=seeds)
+            count = None if mean.error is None else mean.n
+            yield LossChange(**pairs[0][0].about, loss_change=mean.mean, standard_error=mean.error, seeds=count)
 
 
 # ---- sweeps ----------------------------------------------------------------------------------------------------------

@@ -21,13 +21,14 @@ from cllm.evaluate.score_choice import ScoreChoice, Value, suite_of
 from cllm.evaluate.seeds import group_name
 from cllm.evaluate.suites.suite import Record
 from cllm.evaluate.units import perplexity
+from cllm.statistics import Mean
 
 _UNCHANGED = 1.0
 """Percent of perplexity up to which a compression counts as free."""
 _NEEDED = ("perplexity", "bf16_bytes_per_token", "own_bf16_bytes_per_token", "mha_bf16_bytes_per_token")
 """Keys of post-hoc records; those of early versions lack some and are not read."""
 _CLEAR = 2.0
-"""Standard errors by which a score is clearly worse."""
+"""Standard errors over questions by which a score of one seed is clearly worse."""
 
 
 class Cell(NamedTuple):
@@ -339,10 +340,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def _error(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
 def _perplexity_cell(
     group: Sequence[_Numbers], spec: str, against: Sequence[_Numbers], *, is_base: bool
 ) -> Cell | None:
@@ -358,7 +355,7 @@ def _perplexity_cell(
     comparable = not is_base and group[0].text == against[0].text and bool(exact)
     if against is measured and len(exact) < len(values):
         comparable = False
-    return Cell(mean, _error(values), 100 * (mean / statistics.fmean(exact) - 1) if comparable else None)
+    return Cell(mean, Mean.of(values).error, 100 * (mean / statistics.fmean(exact) - 1) if comparable else None)
 
 
 def _score_cell(
@@ -371,23 +368,27 @@ def _score_cell(
     known = [value for value in values if value is not None]
     if not known:
         return None
-    mean, error = _over_seeds(known)
+    mean, error, reach = _over_seeds(known)
     if same:
         exact = [b if a is not None else None for a, b in zip(values, exact, strict=False)]
     base = [value for value in exact if value is not None]
     if not base or (same and len(base) < len(known)):
         return Cell(mean, error)
-    base_mean, base_error = _over_seeds(base)
+    base_mean, _, base_reach = _over_seeds(base)
     change = mean - base_mean
     pairs = [a.value - b.value for a, b in zip(values, exact, strict=False) if a is not None and b is not None]
-    spread = _error(pairs) if same and len(pairs) == len(known) else None
-    if spread is None and error is not None and base_error is not None:
-        spread = math.hypot(error, base_error)
+    clear = Mean.of(pairs).reach if same and len(pairs) == len(known) else None
+    if clear is None and reach is not None and base_reach is not None:
+        clear = math.hypot(reach, base_reach)
     worse = -change if score.number.higher_is_better else change
-    return Cell(mean, error, change, unchanged and spread is not None and worse > _CLEAR * spread and worse > 0)
+    return Cell(mean, error, change, unchanged and clear is not None and worse > clear and worse > 0)
 
 
-def _over_seeds(values: Sequence[Value]) -> tuple[float, float | None]:
-    """The mean, and its standard error over the seeds; of one seed, that over questions."""
-    mean = statistics.fmean(value.value for value in values)
-    return mean, values[0].error if len(values) == 1 else _error([value.value for value in values])
+def _over_seeds(values: Sequence[Value]) -> tuple[float, float | None, float | None]:
+    """The mean, its standard error over the seeds, and half of its 95 % confidence interval; of one seed, the standard
+    error is that over questions, of which there are many."""
+    if len(values) == 1:
+        error = values[0].error
+        return values[0].value, error, None if error is None else _CLEAR * error
+    mean = Mean.of([value.value for value in values])
+    return mean.mean, mean.error, mean.reach

@@ -18,7 +18,8 @@ _NOTE = (
     "Bytes: of cache for each token of context, keys and values in bf16; own / x and mha / x: the model's uncompressed "
     "cache, and that of full attention, relative to it. ±: standard error, over seeds where there are several, else "
     "over questions. Change: to the same model's uncompressed cache, and in rows without compression to {baseline}. "
-    "**Bold**: the perplexity rose by at most 1 %, and the score is worse by more than two standard errors."
+    "**Bold**: the perplexity rose by at most 1 %, and the score is worse by more than two standard errors; of several "
+    "seeds, by more than the 95 % interval reaches."
 )
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,21 @@ def test_a_small_or_uncertain_loss_is_not_marked(runs: list[Path]) -> None:
     assert "**" not in markdown(found).partition("Bytes:")[0]
 
 
+def result_of_study(seed: int, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    summary = {"kv_bytes_per_token": {"resident": 1000.0}, "kv_vs_mha": {"resident": 1.0}}
+    result = {"format": 1, "design": "mha", "settings": {}, "seed": seed, "tokens": 10**6, "summary": summary}
+    return result | {
+        "evaluations": records, "loss": 3.0, "config": {"optim": {"lr": 1e-3}}, "code": "a", "data": "b",
+    }  # fmt: skip
+
+
 def test_seeds_of_a_study_are_one_row_with_their_standard_error(tmp_path: Path) -> None:
     for seed, exact, copied in ((1, 20.0, 40.0), (2, 24.0, 44.0)):
         name = f"mha-s{seed}"
         records = [after_prefix(name, "none", exact, exact), after_prefix(name, XKV, 1.005 * exact, exact)]
         records += [copying(name, "none", copied), copying(name, XKV, copied - 3 - seed / 4)]
         records += [copying(name, KIVI, copied)] * (seed == 1)
-        summary = {"kv_bytes_per_token": {"resident": 1000.0}, "kv_vs_mha": {"resident": 1.0}}
-        result = {"format": 1, "design": "mha", "settings": {}, "seed": seed, "tokens": 10**6, "summary": summary}
-        result |= {"evaluations": records, "loss": 3.0, "config": {"optim": {"lr": 1e-3}}, "code": "a", "data": "b"}
+        result = result_of_study(seed, records)
         write(tmp_path / "study" / "results" / f"{name}.json", result)
         write(tmp_path / "study" / "results" / f"search-{seed}.json", result | {"search": True})
     other = result | {"tokens": 2 * 10**6, "evaluations": [], "loss": math.log(18.0)}
@@ -146,6 +153,20 @@ def test_seeds_of_a_study_are_one_row_with_their_standard_error(tmp_path: Path) 
     assert row(found, labels[1]).perplexity is not None
     assert row(found, labels[1]).scores == (None,)
     assert any("other texts" in line for line in found.warnings)
+
+
+@pytest.mark.parametrize(("lost", "is_clear"), [((3.0, 5.0), False), ((3.9, 4.1), True)])
+def test_a_loss_over_two_seeds_is_clear_if_its_interval_excludes_0(
+    tmp_path: Path, lost: tuple[float, float], is_clear: bool
+) -> None:
+    """The interval of two seeds reaches 12.7 standard errors to either side; 4 is four of them in the first case."""
+    for seed, by in enumerate(lost):
+        records = [after_prefix("mha", "none", 20.0, 20.0), after_prefix("mha", XKV, 20.0, 20.0)]
+        records += [copying("mha", "none", 40.0), copying("mha", XKV, 40.0 - by)]
+        write(tmp_path / "study" / "results" / f"mha-s{seed}.json", result_of_study(seed, records))
+    _, xkv = table([tmp_path / "study"], "copying").rows
+    assert xkv.scores[0] is not None
+    assert (xkv.scores[0].change, xkv.scores[0].hidden_loss) == (pytest.approx(-4.0), is_clear)
 
 
 def test_a_compression_of_one_seed_is_compared_with_that_seed(runs: list[Path]) -> None:

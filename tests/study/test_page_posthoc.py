@@ -9,7 +9,8 @@ import subprocess
 import pytest
 
 from cllm.commands.compare import main
-from tests.study.page import DOCS, cells_of, said
+from cllm.study.summary import Summary
+from tests.study.page import DOCS, cells_of, copying_in, row, said
 
 PAGE = (DOCS / "posthoc.md").read_text(encoding="utf-8")
 SECTION = PAGE.split("\n### After 490 M tokens\n")[1].split("\n### ")[0]
@@ -67,3 +68,23 @@ def test_the_sentences_about_mla(printed: Table) -> None:
     )
     assert float(four[0]) > 8 < float(mha[0]), "an eighth of mha's cache"
     said(f"copying of {four[4].split()[0]} and {mha[4].split()[0]} %", text=SECTION)
+
+
+def test_the_sentences_about_copying(printed: Table, summary: Summary) -> None:
+    copied = {name: float(cells[4].split()[0]) for (name, spec), cells in printed.items() if not spec}
+    percent = {name: f"{value:.0f} %" for name, value in copied.items()}
+    said(
+        f"fusedkv copies {percent['fusedkv']}, fusedkv_lite {percent['fusedkv_lite']} and swiftkv "
+        f"{percent['swiftkv']}, mha {percent['mha']} and cla-2 {percent['cla-2']}.",
+        text=SECTION,
+    )
+    after = printed["swiftkv", "`xkv:group=4,ratio=4`"]
+    assert 1 - float(after[4].split()[0]) / copied["swiftkv"] == pytest.approx(2 / 3, abs=0.02), "two thirds"
+    assert {spec.strip("`").partition(":")[0] for name, spec in printed if name == "swiftkv"} == {"", "xkv"}
+    _, second = row(summary, "swiftkv").results
+    (near,) = copying_in(second.content["evaluations"], "none", "distance=512")
+    said(
+        f"xKV at 4x costs swiftkv {after[1].lstrip('+')} and two thirds of its copying",
+        f"swiftkv copied {near['accuracy']:.0f} % in its only one",
+        text=SECTION,
+    )

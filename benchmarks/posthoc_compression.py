@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.record import reason_of
 from benchmarks.timing import BF16, free, wait, wall_time
 from benchmarks.variants import SECONDS, Variants
 from cllm.cache.cache import KVCache
@@ -18,7 +19,6 @@ from cllm.config import ModelConfig
 from cllm.model.sizes import build_decoder
 from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.registry import parse
-from cllm.signals import raise_if_stopped
 
 QUANTISERS = (
     "int8", "fp8", "kivi:bits=4,group=32,residual=32", "kivi:bits=2,group=32,residual=32", "turboquant:bits=4",
@@ -58,9 +58,9 @@ def bench_compress(shape: dict[str, Any], prompt: int, methods: Sequence[str], v
                     row["largest_error"] = max(max(e.values()) for e in made.values())
                     row["mean_error"] = sum(sum(e.values()) / 2 for e in made.values()) / len(made)
             except Exception as failure:
-                raise_if_stopped(failure)
+                reason = reason_of(failure, 150)
                 wait(device)
-                print(f"{what} {name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
+                print(f"{what} {name} failed: {reason}", flush=True)
                 continue
             if fast and together:
                 profile_compression(cache, spec, variants, f"{what} svd={solver}")
@@ -81,8 +81,7 @@ def profile_compression(cache: KVCache, method: str, variants: Variants, name: s
             compress_cache(cache, parse(method), measure=False)
             wait(variants.device)
     except Exception as failure:
-        raise_if_stopped(failure)
-        print(f"{name}: no profile: {' '.join(str(failure).split())[:150]}", flush=True)
+        print(f"{name}: no profile: {reason_of(failure, 150)}", flush=True)
         return
     found = [(e.device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key) for e in made.key_averages()]
     found.sort(reverse=True)
@@ -105,9 +104,9 @@ def bench_quantisers(cache: KVCache, prefill: float, variants: Variants, what: s
         try:
             seconds = [compress_cache(cache, parse(method), measure=False).outcome.seconds for _ in range(3)]
         except Exception as failure:
-            raise_if_stopped(failure)
+            reason = reason_of(failure, 150)
             wait(variants.device)
-            print(f"{what} {method} failed: {' '.join(str(failure).split())[:150]}", flush=True)
+            print(f"{what} {method} failed: {reason}", flush=True)
             continue
         ms = 1000 * sorted(seconds)[1]
         variants.record.add({"what": what, "name": method, "ms": ms, "share_of_prefill": ms / prefill})

@@ -35,7 +35,7 @@ from benchmarks.posthoc_options import (
     device_of,
     layer_ms,
 )
-from benchmarks.record import KEPT, Record
+from benchmarks.record import KEPT, Record, reason_of
 from benchmarks.timing import (
     BF16,
     free,
@@ -59,7 +59,7 @@ from cllm.posthoc.cache import compress_cache
 from cllm.posthoc.landmarks import make_landmarks
 from cllm.posthoc.registry import parse
 from cllm.posthoc.stores import consecutive_table
-from cllm.signals import raise_if_stopped, stoppable
+from cllm.signals import stoppable
 
 SVDS = [
     "svd=auto",
@@ -191,9 +191,9 @@ class DecodeBenchmark:
                 calls = [functools.partial(self.layers.attend_tiled, i, rebuild) for i in self.every]
                 self.add(f"  {rebuild}".replace("Rebuild", ""), calls, *self._rebuilding())
             except Exception as failure:
-                raise_if_stopped(failure)
+                reason = reason_of(failure, 90)
                 wait(self.device)
-                print(f"  {rebuild} failed: {' '.join(str(failure).split())[:90]}")
+                print(f"  {rebuild} failed: {reason}")
 
     def chosen(self) -> None:
         """Time attention over the tokens that landmarks choose."""

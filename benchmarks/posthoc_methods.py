@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.posthoc_options import add_outputs, device_of
-from benchmarks.record import KEPT, Record, Row
+from benchmarks.record import KEPT, Record, Row, reason_of
 from benchmarks.timing import BF16, free, time_steps, wait, wall_time
 from cllm.arguments import Parser
 from cllm.cache.cache import KVCache
@@ -47,7 +47,7 @@ from cllm.posthoc.cache import CompressedKVCache, compress_cache
 from cllm.posthoc.engine import DecoderEngine
 from cllm.posthoc.method import Compressor
 from cllm.posthoc.registry import methods, parse
-from cllm.signals import raise_if_stopped, stoppable
+from cllm.signals import stoppable
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,6 @@ class Rows:
             with limit(seconds):
                 row = measure()
         except (Exception, TooLong) as failure:
-            raise_if_stopped(failure)
             row = {"failed": reason(failure)}
         self.add(shape, what, method, row)
         self.spent[method] = self.spent.get(method, 0.0) + time.monotonic() - began
@@ -256,7 +255,7 @@ class Rows:
 
 def reason(failure: BaseException) -> str:
     """Why a measurement failed, in one line."""
-    text = " ".join(str(failure).split())[:300]
+    text = reason_of(failure, 300)
     return text if isinstance(failure, UserError | TooLong) else f"{type(failure).__name__}: {text}"
 
 
@@ -305,7 +304,6 @@ def main(argv: list[str] | None = None) -> int:
             with limit(o.seconds - (time.monotonic() - began)):
                 bench = Bench(name, shape, o, device, rows)
         except (Exception, TooLong) as failure:
-            raise_if_stopped(failure)
             failures += 1
             rows.add(name, "prefill", "none", {"failed": reason(failure)})
             continue

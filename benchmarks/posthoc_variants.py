@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.posthoc_compression import bench_all_compression
 from benchmarks.posthoc_decode import Layers
 from benchmarks.posthoc_options import add_outputs, add_sizes, begin_record, check_sizes, device_of
-from benchmarks.record import KEPT
+from benchmarks.record import KEPT, reason_of
 from benchmarks.timing import free, wait
 from benchmarks.variants import SECONDS, Variants
 from cllm.arguments import Parser
@@ -38,7 +38,7 @@ from cllm.kernels import split_lowrank, triton_decode
 from cllm.kernels.lowrank_tiles import Choosing, Rebuild, Tuning, Weighing, choose_weighing
 from cllm.kernels.selection import Factored, Selection, chosen_tokens
 from cllm.posthoc.landmarks import make_landmarks
-from cllm.signals import raise_if_stopped, stoppable
+from cllm.signals import stoppable
 
 CHOOSING: dict[str, Sequence[Any]] = {
     "taken": (1024, 2048, 8192), "warps": (8, 4), "ordered": (128, 512, 1024), "landmarks": (32, 64),
@@ -152,8 +152,7 @@ class Decode:
             times = {e.key: round(e.device_time_total / (3 * len(calls)), 2) for e in made.key_averages()}
             times = {key: us for key, us in sorted(times.items(), key=lambda item: -item[1]) if us >= 0.1}
         except Exception as failure:
-            raise_if_stopped(failure)
-            print(f"{self.what} no profile: {' '.join(str(failure).split())[:150]}", flush=True)
+            print(f"{self.what} no profile: {reason_of(failure, 150)}", flush=True)
             return
         self.variants.record.results.setdefault("kernels_us", {})[f"{self.what} {name}"] = times
         self.variants.record.write()
@@ -306,8 +305,7 @@ def main(argv: list[str] | None = None) -> int:
             if time.monotonic() - begin < SECONDS:
                 run(o, variants)
         except Exception as failure:
-            raise_if_stopped(failure)
-            print(f"{part} ended early: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}", flush=True)
+            print(f"{part} ended early: {type(failure).__name__}: {reason_of(failure, 300)}", flush=True)
             record.results.setdefault("failures", []).append(f"{part}: {failure}")
         free(device)
         print(f"-- {part}: {time.monotonic() - begin:.0f} s since the start", flush=True)

@@ -7,11 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from cllm.files import write_atomic
+from cllm.signals import raise_if_stopped
 
 Row = dict[str, Any]
 
 KEPT = "with --out, its file has what was measured before; the same command measures all again and replaces it"
 """The results that a command with a `Record` keeps when a signal ends it, for `stoppable`."""
+
+
+def reason_of(failure: BaseException, most: int | None = None) -> str:
+    """The text of an error that is recorded while the benchmark goes on: one line, at most `most` characters.
+
+    Raises:
+        Interrupted: from `failure`, if it replaced the exception of a signal.
+    """
+    raise_if_stopped(failure)
+    return " ".join(str(failure).split())[:most]
 
 
 class Record:

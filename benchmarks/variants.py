@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from benchmarks.posthoc_options import PrintedRecord, layer_ms
+from benchmarks.record import reason_of
 from benchmarks.timing import wait
-from cllm.signals import raise_if_stopped
 
 SECONDS = 345
 """Nothing is measured after this time."""
@@ -31,9 +31,9 @@ class Variants:
         try:
             ms = layer_ms(calls, self.device)
         except Exception as failure:
-            raise_if_stopped(failure)
+            reason = reason_of(failure, 150)
             wait(self.device)
-            print(f"{what:<9}{name} failed: {' '.join(str(failure).split())[:150]}", flush=True)
+            print(f"{what:<9}{name} failed: {reason}", flush=True)
             return float("inf")
         self.record.add({"what": what, "name": name, "ms": ms, **more})
         return ms

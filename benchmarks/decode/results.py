@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from benchmarks.decode.report import relate
-from benchmarks.record import Record, Row
+from benchmarks.record import Record, Row, reason_of
 from benchmarks.timing import wait
-from cllm.signals import raise_if_stopped
 
 
 class Results(Record):
@@ -58,8 +57,7 @@ class Results(Record):
             row |= (measured := function())
             note = f", decoding checked: {measured['check']}" if "check" in measured else ""
         except Exception as failure:
-            raise_if_stopped(failure)
-            row[error] = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+            row[error] = f"{type(failure).__name__}: {reason_of(failure)}"
             note = f", failed: {row[error][:300]}"
         self._check_device()
         print(f"[{self.seconds:6.1f} s] {what}: {time.monotonic() - begin:.1f} s{note}", file=sys.stderr, flush=True)
@@ -74,5 +72,4 @@ class Results(Record):
         try:
             wait(self.device)
         except Exception as failure:
-            raise_if_stopped(failure)
-            self.results["stopped"] = f"the device does not answer any more: {' '.join(str(failure).split())[:300]}"
+            self.results["stopped"] = f"the device does not answer any more: {reason_of(failure, 300)}"

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from benchmarks.kernels.decoding import Decode, run_tiles
 from benchmarks.kernels.table import Table, rand
-from benchmarks.record import Row
+from benchmarks.record import Row, reason_of
 from benchmarks.timing import replayed_ms
 from cllm.kernels.decode import Stored, Visible, decode_attention_reference
 from cllm.kernels.split_decode import AnyTiles
-from cllm.signals import raise_if_stopped
 
 LARGEST_ERROR = 2**-5
 """Of a head, relative to its largest number. Results are rounded to bf16; matrix products round keys too."""
@@ -65,10 +64,9 @@ class Checked:
                 raise ArithmeticError(f"error {row['error']:.1e}, more than {LARGEST_ERROR:.1e}")
             row["ms"] = replayed_ms([functools.partial(self.run, tiles, n) for n in range(len(self.sets))])
         except Exception as failure:
-            raise_if_stopped(failure)
+            row["failed"] = reason_of(failure, 150)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            row["failed"] = " ".join(str(failure).split())[:150]
         row |= {"share": bound / row["ms"], "tiles": asdict(tiles)}
         table.add({key: value for key, value in row.items() if value != math.inf})
         return row

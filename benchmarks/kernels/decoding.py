@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.table import Table, rand
+from benchmarks.record import reason_of
 from benchmarks.timing import BF16, replayed_ms
 from cllm.config import Rope
 from cllm.kernels import split_decode
@@ -18,7 +19,6 @@ from cllm.kernels.decode import Stored, Visible, decode_attention, rotation_of
 from cllm.kernels.split_latent import LatentTiles
 from cllm.kernels.split_tied import TiedTiles
 from cllm.model.rope import rope_table
-from cllm.signals import raise_if_stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +137,9 @@ def _time(table: Table, case: Decode, name: str, calls: list[Callable[[], object
     try:
         ms = replayed_ms(calls)
     except Exception as error:
-        raise_if_stopped(error)
+        reason = reason_of(error, 90)
         torch.cuda.synchronize()
-        print(f"decode    {case.name:<38}{name:<38} failed: {' '.join(str(error).split())[:90]}")
+        print(f"decode    {case.name:<38}{name:<38} failed: {reason}")
         return float("inf")
     table.add({"what": "decode", "case": case.name, "name": name, "ms": ms, "bound_ms": bound})
     rate = f"{case.bytes() / ms / 1e6:6.0f} GB/s {100 * bound / ms:5.1f} % of copy"

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.record import Record, Row
+from benchmarks.record import Record, Row, reason_of
 from benchmarks.timing import BF16, time_ms
 from cllm.environment import clocks
-from cllm.signals import raise_if_stopped
 
 
 def rand(*shape: int, grad: bool = True) -> Tensor:
@@ -68,8 +67,7 @@ class Table(Record):
         try:
             ms = milliseconds()
         except Exception as error:
-            raise_if_stopped(error)
-            print(f"{what:<10}{case:<34}{name:<26} failed: {' '.join(str(error).split())[:90]}")
+            print(f"{what:<10}{case:<34}{name:<26} failed: {reason_of(error, 90)}")
             return
         row: Row = {"what": what, "case": case, "name": name, "ms": ms, "bound_ms": bound}
         self.add(row)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.kernels.table import Table, rand
+from benchmarks.record import reason_of
 from benchmarks.timing import BF16
 from cllm.cache.slot import Slot
 from cllm.kernels import cross_entropy
@@ -24,7 +25,6 @@ from cllm.model.loss import by_chunks, by_liger
 from cllm.model.norm import RMSNorm
 from cllm.model.sources import FusedRead
 from cllm.plan.plan import Fuse
-from cllm.signals import raise_if_stopped
 
 
 def bench_attention(table: Table, flops: float) -> None:
@@ -144,8 +144,7 @@ def bench_norm(table: Table, copy: float) -> None:
             try:
                 from quack.rmsnorm import rmsnorm
             except Exception as error:
-                raise_if_stopped(error)
-                print(f"quack cannot be used: {' '.join(str(error).split())[:300]}")
+                print(f"quack cannot be used: {reason_of(error, 300)}")
                 continue
 
             def quack(x, y, norm=norm, rmsnorm=rmsnorm):

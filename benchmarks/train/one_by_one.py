@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.record import Record
+from benchmarks.record import Record, reason_of
 from benchmarks.timing import wait
 from benchmarks.train.contender import Batches, Contender
 from benchmarks.train.designs import design
@@ -20,7 +20,6 @@ from benchmarks.train.report import rows_of
 from cllm.config import Config
 from cllm.environment import clocks
 from cllm.errors import UserError
-from cllm.signals import raise_if_stopped
 
 
 @dataclass
@@ -95,8 +94,7 @@ class OneByOne:
         except torch.OutOfMemoryError:
             self.record.results["out_of_memory"].append(name)
         except Exception as failure:
-            raise_if_stopped(failure)
-            text = f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+            text = f"{type(failure).__name__}: {reason_of(failure)}"
             self.record.results["failed"][name] = text
             print(f"failed: {name}: {text[:300]}", file=sys.stderr, flush=True)
         finally:

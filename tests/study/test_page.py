@@ -129,9 +129,10 @@ def test_the_sentences(summary: Summary) -> None:
         for tokens, value in zip(curve["tokens"], curve["val/loss"], strict=True)
         if tokens > 98e6
     ]
+    repeated = mha[3] - again["loss"]
     said(
-        f"{again['loss']:.3f} instead of {loss['mha'][3]:.3f}, and up to {max(apart):.3f} apart on the way",
-        f"[the same point differed by {loss['mha'][3] - again['loss']:.3f}]",
+        f"{again['loss']:.3f} instead of {mha[3]:.3f}, and up to {max(apart):.3f} apart on the way",
+        f"[the same point differed by {repeated:.3f}]",
     )
     for name in rows.keys() - {"mha", "cla-2", "swiftkv"}:
         assert rows[name].crossing is not None
@@ -141,7 +142,6 @@ def test_the_sentences(summary: Summary) -> None:
     assert [loss["yoco"][seed] > loss["cla-2"][seed] for seed in (1, 2, 3)] == [True, False, False]
     said(f"yoco is {apart[0]} above cla-2 with seed 1, {apart[1]} and {apart[2]} below it with seeds 2 and 3")
     differences = [mha[seed] - loss["cla-2"][seed] for seed in (1, 2, 3)]
-    repeated = abs(again["loss"] - mha[3])
     said(
         "it is {:.3f}, {:.3f} and {:.3f} below mha with the same seed".format(*differences),
         f"These differ by {max(differences) - min(differences):.3f}, and two trainings of one point by {repeated:.3f}.",
@@ -163,20 +163,6 @@ def test_the_sentences(summary: Summary) -> None:
     assert copied["gqa"] == copied["cla-2"]
 
 
-def pooled_deviation(summary: Summary) -> tuple[float, int]:
-    """The standard deviation of differences to mha over the designs with three seeds, and its degrees of freedom."""
-    every = differences_of_three(summary)
-    return math.sqrt(statistics.mean(map(statistics.variance, every))), 2 * len(every)
-
-
-def differences_of_three(summary: Summary) -> list[list[float]]:
-    """The differences to mha of the designs with three seeds."""
-    return [
-        [a.loss - b.loss for a, b in zip(row(summary, name).results, row(summary, "mha").results, strict=True)]
-        for name in ("cla-2", "fusedkv", "fusedkv_lite", "gqa", "yoco")
-    ]
-
-
 def test_training_compute(summary: Summary) -> None:
     flops = {found.label: found.first.content["summary"]["training_flops_per_token"] for found in summary.rows}
     share = {label: 100 * (value / flops["mha"] - 1) for label, value in flops.items()}
@@ -187,9 +173,12 @@ def test_training_compute(summary: Summary) -> None:
 
 
 def test_intervals_with_a_pooled_standard_deviation(summary: Summary) -> None:
-    differences = differences_of_three(summary)
-    pooled, freedom = pooled_deviation(summary)
-    half, of_two = (t_quantile(0.975, freedom) * pooled / math.sqrt(seeds) for seeds in (3, 2))
+    differences = [
+        [a.loss - b.loss for a, b in zip(row(summary, name).results, row(summary, "mha").results, strict=True)]
+        for name in ("cla-2", "fusedkv", "fusedkv_lite", "gqa", "yoco")
+    ]
+    pooled = math.sqrt(statistics.mean(map(statistics.variance, differences)))
+    half, of_two = (t_quantile(0.975, 2 * len(differences)) * pooled / math.sqrt(seeds) for seeds in (3, 2))
     said(
         f"with three seeds, is {pooled:.3f}, and intervals with it reach {half:.3f} to either side, "
         f"and {of_two:.3f} with two seeds",
